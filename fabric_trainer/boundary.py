@@ -1,0 +1,172 @@
+"""What may follow an update: a log point, the end of an epoch, an evaluation, a checkpoint."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from fabric_trainer.checkpoint import Checkpoints, check_finite
+from fabric_trainer.errors import InputError
+from fabric_trainer.evaluate import evaluate
+from fabric_trainer.every import Clock, Every
+from fabric_trainer.order import Span
+from fabric_trainer.record import Record
+from fabric_trainer.state import State
+
+
+class Boundary:
+    """Knows when something is due, and does it. ``metrics`` are those of the last evaluation.
+
+    A resumed run first makes up for an evaluation that the stop left undone.
+    """
+
+    def __init__(self, state: State, record: Record, folder: Path | None) -> None:
+        config = state.config
+        self.state, self.record, self.fabric = state, record, state.fabric
+        self.every = {
+            "log": Every(config.run.log_every_n_steps, "steps"),
+            "evaluate": Every.parse(config.evaluate.every),
+            "save": Every.parse(config.checkpoint.every),
+        }
+        if config.checkpoint.keep_every:
+            self.every["keep"] = Every.parse(config.checkpoint.keep_every)
+        self.saves = folder is not None
+        self.checkpoints: Checkpoints | None = None
+        if folder is not None and self.fabric.is_global_zero:
+            self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
+            self.checkpoints.forget_after(state.counters.window)
+        self.metrics: dict[str, float] = {}
+        self.measured_at = -1  # the window after which they were measured
+        self.now = self._resumed_clock()
+        self.marks = {name: every.after(self.now) for name, every in self.every.items()}  # when each is due next
+        if state.owes_evaluation:
+            self.evaluate()
+            self.save()
+
+    def _resumed_clock(self) -> Clock:
+        counters, order = self.state.counters, self.state.order
+        epochs = 0.0
+        if counters.window:
+            span = order.span(counters.window - 1)
+            epochs = span.epoch + span.stop / order.plan.length(span.epoch)
+        return Clock(counters.step, epochs, counters.seconds / 60)
+
+    def due(self, span: Span, minutes: float) -> bool:
+        """Whether anything follows the window just done, if its update was applied: nobody has asked yet."""
+        if self.checkpoints is not None:
+            self.checkpoints.check()
+        state = self.state
+        self.now = Clock(
+            state.counters.step + state.guard.unsettled,
+            span.epoch + span.stop / state.order.plan.length(span.epoch),
+            minutes,
+        )
+        return span.last or self.now.steps == state.steps or state.stopped != 0 or self._reached()
+
+    def act(self, span: Span) -> None:
+        """Do what is due after the window; its update is settled by now."""
+        state = self.state
+        self.now = replace(self.now, steps=state.counters.step)
+        due = self._reached()
+        for name in due:
+            self.marks[name] = self.every[name].after(self.now)
+        finished = state.finished
+        if finished:
+            state.stopped = 0
+        self.record.flush(show="log" in due or finished)
+        if span.last:
+            self.end_epoch(span.epoch)
+        improved = False
+        if state.val_set is not None and (finished or "evaluate" in due):
+            state.owes_evaluation = bool(state.stopped)
+            if not state.stopped:
+                improved = self.evaluate()
+        if finished or state.stopped or improved or {"save", "keep"} & due:
+            self.save(keep="keep" in due)
+
+    def _reached(self) -> set[str]:
+        return {name for name, mark in self.marks.items() if self.every[name].reached(mark, self.now)}
+
+    def end_epoch(self, epoch: int) -> None:
+        """The exact means of the epoch's training losses."""
+        state = self.state
+        means, state.epoch = state.epoch.means(), type(state.epoch)()
+        state.history.add_epoch({"epoch": epoch, "step": state.counters.step, **means})
+        self.record.metrics(means)
+        self.fabric.call("on_epoch_end", state=state, metrics=means)
+
+    def evaluate(self) -> bool:
+        """Measure the raw and the averaged weights; returns whether the monitored metric is the best so far."""
+        state = self.state
+        counters, monitor = state.counters, state.config.checkpoint.monitor
+        self.metrics, self.measured_at = measure(state, "val", state.limit_batches), counters.window
+        if monitor is not None and monitor not in self.metrics:
+            raise InputError(f"checkpoint.monitor: no {monitor} among the metrics {', '.join(self.metrics)}")
+        state.owes_evaluation = False
+        state.tick()
+        place = {"step": counters.step, "epoch": self.now.epochs, "window": counters.window}
+        state.history.add_evaluation(
+            {**place, "samples": counters.samples, "seconds": counters.seconds, **self.metrics}
+        )
+        self.record.metrics(self.metrics)
+        self.record.settled()
+        self.record.print("  ".join(f"{name} {value:.6g}" for name, value in self.metrics.items()))
+        self.fabric.call("on_evaluation_end", state=state, metrics=self.metrics)
+        if monitor is None:
+            return False
+        if state.config.schedule.name == "plateau":
+            state.plateau.observe(self.metrics[monitor])
+        best = self.checkpoints is not None and self.checkpoints.is_best(self.metrics[monitor])
+        return bool(self.fabric.broadcast(best))
+
+    def save(self, keep: bool = False) -> None:
+        """Write a checkpoint in the background; rank 0's files. Raises CheckpointError for the one before."""
+        if not self.saves:
+            return
+        state = self.state
+        state.tick()
+        self.record.settled()
+        tree = state.state_dict()
+        learned = {name for name, _ in state.module.named_parameters()}
+        check_finite(
+            {key: {k: v for k, v in (tree[key] or {}).items() if k in learned} for key in ("model", "ema")}
+            | {"optimizer": tree["optimizer"]["state"]}
+        )
+        if self.checkpoints is not None:
+            metrics = self.metrics if self.measured_at == state.counters.window else {}
+            path = self.checkpoints.save(tree, tree["counters"] | {"epoch": self.now.epochs}, metrics, keep)
+            self.fabric.call("on_checkpoint_saved", state=state, metrics=metrics, path=path)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on disk."""
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+        self.fabric.barrier()
+
+
+def measure(state: State, split: str, limit_batches: int | None = None) -> dict[str, float]:
+    """``<split>/<metric>`` of the raw weights and ``<split>_ema/<metric>`` of the average, as configured."""
+    config = state.config.evaluate
+    dataset = state.val_set if split == "val" else state.task.dataset(split)
+    if dataset is None:
+        raise InputError(f"{type(state.task).__name__} has no {split} split")
+    weights = {"raw": nullcontext()} if state.ema is None or config.weights != "ema" else {}
+    suffix = {"raw": "", "ema": "_ema"}
+    if state.ema is not None and config.weights != "raw":
+        weights["ema"] = state.ema.applied()  # type: ignore[assignment]
+    metrics = {}
+    for name, context in weights.items():
+        with context:
+            found = evaluate(
+                state.fabric,
+                state.task,
+                state.network,
+                dataset,
+                config.micro_batch_size or state.config.batch.micro_batch_size,
+                state.config.seed,
+                state.config.data.num_workers,
+                limit_batches,
+            )
+        metrics |= {f"{split}{suffix[name]}/{key}": value for key, value in found.items()}
+    return metrics

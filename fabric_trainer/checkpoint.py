@@ -1,0 +1,285 @@
+"""Checkpoint files: one plain dict each, written in the background, verified by hash, rotated.
+
+A file is written beside, synced, entered into ``index.json`` with its sha256, and renamed; ``last.pt`` and
+``best.pt`` are links. Killed at any point, the folder holds the older files and an index that knows them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fabric_trainer.config import CheckpointConfig
+from fabric_trainer.errors import CheckpointError, InputError
+from fabric_trainer.files import sync_folder, write_atomically
+
+INDEX = "index.json"
+
+
+class Checkpoints:
+    """The checkpoint folder of a run; on rank 0 alone."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self.folder, self.config = folder, config
+        folder.mkdir(parents=True, exist_ok=True)
+        self.index: dict[str, dict[str, Any]] = read_index(folder)
+        self._snapshot = Snapshot()
+        self._writer: threading.Thread | None = None
+        self._error: Exception | None = None
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
+
+    def save(self, state: dict[str, Any], counters: dict[str, Any], metrics: dict[str, float], keep: bool) -> Path:
+        """Copy ``state`` now and write it in the background; returns the file's path-to-be.
+
+        counters must have ``window`` and ``step``; metrics are of an evaluation of exactly these weights, or empty.
+        keep: never rotate it away. Raises CheckpointError for the write before this one.
+        """
+        self.wait()
+        path = self.folder / file_name(self.config.name, counters, metrics)
+        entry = {"window": counters["window"], "step": counters["step"], "metrics": metrics, "keep": keep}
+        snapshot = self._snapshot.take(state)
+        self._writer = threading.Thread(target=self._write, args=(path, snapshot, entry), name="checkpoint")
+        self._writer.start()
+        return path
+
+    def check(self) -> None:
+        """Raise CheckpointError where the write in the background failed."""
+        if self._error is not None:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the file is on disk. Raises CheckpointError where it could not be written."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def forget_after(self, window: int) -> None:
+        """Drop from the index what lies after ``window``: a resumed run will write its own."""
+        self.index = {name: entry for name, entry in self.index.items() if entry["window"] <= window}
+        self._write_index()
+
+    def is_best(self, value: float) -> bool:
+        """Whether ``value`` of the monitored metric beats all that are on disk or under way."""
+        self.wait()
+        ranked = self._ranked()
+        return bool(self.config.top_k) and (not ranked or self._order(value) < self._order_of(ranked[0]))
+
+    # ---- in the background --------------------------------------------------------------------------------------
+
+    def _write(self, path: Path, state: dict[str, Any], entry: dict[str, Any]) -> None:
+        try:
+            temporary = path.with_name(f".{path.name}.tmp")
+            with HashingFile(temporary) as file:
+                torch.save(state, file)  # type: ignore[arg-type]
+            self.index[path.name] = entry | {"sha256": file.sha256, "bytes": file.bytes}
+            self._write_index()  # before the rename: a file that has its name is always in the index
+            os.replace(temporary, path)
+            sync_folder(self.folder)
+            self._link("last.pt", path.name)
+            ranked = self._ranked()
+            if ranked:
+                self._link("best.pt", ranked[0])
+            self._rotate()
+        except OSError as error:
+            self._error = CheckpointError(
+                f"could not write {path}: {error.strerror or error}; the checkpoints before it are as they were"
+            )
+        except Exception as error:  # raised again in the training thread, by wait()
+            self._error = error
+
+    def _rotate(self) -> None:
+        newest = sorted(self.index, key=lambda name: self.index[name]["window"])[-self.config.keep_last :]
+        kept = {*newest, *self._ranked()[: self.config.top_k], *(n for n, e in self.index.items() if e["keep"])}
+        gone = [name for name in self.index if name not in kept]
+        for name in gone:
+            (self.folder / name).unlink(missing_ok=True)
+            del self.index[name]
+        if gone:
+            self._write_index()
+
+    def _ranked(self) -> list[str]:
+        """Files that have the monitored metric, best first; of equals the older."""
+        monitored = [name for name, entry in self.index.items() if self._monitored(entry) is not None]
+        return sorted(monitored, key=lambda name: (self._order_of(name), self.index[name]["window"]))
+
+    def _monitored(self, entry: dict[str, Any]) -> float | None:
+        value = entry["metrics"].get(self.config.monitor)
+        return value if value is not None and math.isfinite(value) else None
+
+    def _order_of(self, name: str) -> float:
+        return self._order(self.index[name]["metrics"][self.config.monitor])
+
+    def _order(self, value: float) -> float:
+        return value if self.config.mode == "min" else -value
+
+    def _link(self, link: str, target: str) -> None:
+        temporary = self.folder / f".{link}.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        os.replace(temporary, self.folder / link)
+
+    def _write_index(self) -> None:
+        write_atomically(self.folder / INDEX, json.dumps(self.index, indent=1))
+
+
+class HashingFile:
+    """A binary file that knows the sha256 of what went through it, and is on disk when it closes."""
+
+    def __init__(self, path: Path, open_: Callable[..., Any] = open) -> None:
+        self._path, self._file = path, open_(path, "wb", buffering=1 << 20)
+        self._hash, self.bytes, self.sha256 = hashlib.sha256(), 0, ""
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self.bytes += memoryview(data).nbytes
+        return int(self._file.write(data))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def __enter__(self) -> HashingFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self.sha256 = self._hash.hexdigest()
+        except OSError:
+            kind = OSError
+            raise
+        finally:
+            if kind is None:
+                self._file.close()
+            else:
+                _discard(self._file, self._path)
+
+
+def _discard(file: Any, path: Path) -> None:
+    """Close and delete what could not be written; closing tries to flush once more, which may fail once more."""
+    try:
+        file.close()
+    except OSError:
+        pass  # the error that led here is the one to report
+    path.unlink(missing_ok=True)
+
+
+class Snapshot:
+    """Copies a state to host memory that it reuses: allocating it anew costs twenty times the copy."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+
+    def take(self, state: Any) -> Any:
+        """The same tree with every tensor copied to the host. Valid until the next ``take``."""
+        copy = self._copy(state, ())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copy
+
+    def _copy(self, value: Any, path: tuple[Any, ...]) -> Any:
+        if isinstance(value, dict):
+            return {key: self._copy(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._copy(item, (*path, i)) for i, item in enumerate(value)]
+        if not isinstance(value, Tensor):
+            return value
+        buffer = self._buffers.get(path)
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._buffers[path] = buffer
+        return buffer.copy_(value.detach(), non_blocking=True)
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The dict in a checkpoint file, on the host. Raises CheckpointError where the file is damaged, is not listed
+    as what it is, or holds anything but tensors and plain values (a pickle that would run code is never run)."""
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}")
+    entry = read_index(path.parent).get(path.resolve().name)
+    if entry is not None and _sha256(path) != entry["sha256"]:
+        raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {INDEX}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{path} is refused: it is no file of tensors and plain values alone") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise InputError(f"{path} has no 'model': it is no checkpoint of fabric_trainer")
+    return state
+
+
+def newest(folder: Path, tell: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies, or None; ``tell`` gets a line for each one skipped."""
+    index = read_index(folder)
+    for name in sorted(index, key=lambda name: index[name]["window"], reverse=True):
+        path = folder / name
+        if not path.is_file():
+            tell(f"skipped {path}: its write was not finished")
+        elif _sha256(path) != index[name]["sha256"]:
+            tell(f"skipped {path}: damaged, its sha256 is not the one in {INDEX}")
+        else:
+            return path
+    return None
+
+
+def read_index(folder: Path) -> dict[str, dict[str, Any]]:
+    """{file name: {"window", "step", "metrics", "keep", "sha256", "bytes"}}; empty where there is no index."""
+    path = folder / INDEX
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def file_name(template: str, counters: dict[str, Any], metrics: dict[str, float]) -> str:
+    """The template filled in; a slash of a metric's name becomes an underscore. A metric that is known but was not
+    measured at this very step reads nan."""
+    values = _Values(counters | metrics)
+    try:
+        return template.format_map(values).replace("/", "_") + ".pt"
+    except (ValueError, KeyError, IndexError) as error:
+        raise InputError(f"checkpoint.name: {template!r} can't be filled in: {error}") from None
+
+
+class _Values(dict[str, Any]):
+    def __missing__(self, key: str) -> float:
+        return math.nan
+
+
+def check_finite(trees: dict[str, Any]) -> None:
+    """Raise CheckpointError, naming the first, where a floating tensor in the trees isn't finite. One device sync."""
+    named = list(_floating(trees, ""))
+    if not named:
+        return
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm([t for _, t in named], math.inf)])
+    bad = (~norms.isfinite()).nonzero()
+    if len(bad):
+        raise CheckpointError(f"not saved: {named[int(bad[0])][0]} isn't finite; the checkpoints before it are good")
+
+
+def _floating(value: Any, path: str) -> list[tuple[str, Tensor]]:
+    if isinstance(value, dict):
+        return [pair for key, item in value.items() for pair in _floating(item, f"{path}.{key}" if path else key)]
+    return [(path, value)] if isinstance(value, Tensor) and value.is_floating_point() and value.numel() else []
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,231 @@
+"""The command line: train, measure a checkpoint, or only check. Imports torch once the command has been understood."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fabric_trainer.config import Command, Config, data_root, parse
+from fabric_trainer.errors import FAILED, FINISHED, INPUT, INTERRUPTED, BadGradientError, CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from fabric_trainer.run import Choice
+    from fabric_trainer.state import State
+    from fabric_trainer.task import Task
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do what the command says; returns the process's exit code (``fabric_trainer.errors``)."""
+    try:
+        command, config = parse(argv)
+        if command.dry_run:
+            return dry_run(config)
+        return _launched(command, config)
+    except InputError as error:
+        return _complain(error, INPUT)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (BadGradientError, CheckpointError) as error:
+        return _complain(error, FAILED)
+
+
+def _launched(command: Command, config: Config) -> int:
+    from fabric_trainer.run import refuse_nameless_restart
+    from fabric_trainer.strategies import make_fabric
+
+    refuse_nameless_restart(config)
+    fabric = make_fabric(config.fabric, _callbacks(config))
+    task = make_task(config)
+    fabric.launch()
+    with fabric.rank_zero_first():
+        task.prepare(data_root(config))
+    if command.evaluate:
+        return measure_checkpoint(fabric, task, command, config)
+    if command.fast_dev_run:
+        return fast_dev_run(fabric, task, config)
+    return train(fabric, task, command, config)
+
+
+def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
+    """Train in a run's folder: a new one, or the one to continue."""
+    from fabric_trainer import checkpoint, run
+    from fabric_trainer.environment import describe
+    from fabric_trainer.loop import fit
+    from fabric_trainer.state import State
+
+    choice = _on_rank_zero(fabric, lambda: run.choose(command, config, fabric.print))
+    saved = checkpoint.load(choice.resume_from) if choice.resume_from else None
+    if saved:
+        run.compare_configs(saved["config"], config, fabric.print)
+    state = State(fabric, task, config, saved, given=any(key.startswith("batch") for key in command.given))
+    if command.init_from:
+        _init_from(state, command.init_from)
+    if saved and state.finished:
+        fabric.print(f"run {choice.folder.name} is finished: {state.counters.step} steps; nothing to do")
+        return FINISHED
+    if fabric.is_global_zero:
+        run.open_folder(choice, command, config, describe(fabric.world_size, fabric.device, config.fabric.strategy))
+        explain(state, choice)
+    try:
+        fit(fabric, task, config, choice.folder, state=state)
+    except BaseException:
+        if fabric.is_global_zero:
+            run.set_status(choice.folder, "failed")
+        raise
+    if fabric.is_global_zero:
+        run.set_status(choice.folder, "stopped" if state.stopped else "finished")
+        conclude(state, choice)
+    return state.stopped
+
+
+def conclude(state: State, choice: Choice) -> None:
+    """The report, with the task's pictures of the best weights, and a last plain line per metric."""
+    from fabric_trainer import checkpoint
+    from fabric_trainer.evaluate import evaluating
+    from fabric_trainer.report import write_report
+
+    pictures = {}
+    if not state.stopped:
+        best = choice.folder / "checkpoints" / "best.pt"
+        if best.exists():
+            state.load_weights(checkpoint.load(best))
+        with evaluating(state.module):
+            pictures = state.task.pictures(state.module, state.fabric.device)
+    report = write_report(choice.folder, pictures)
+    print(f"report {report}", flush=True)
+    if state.history.evaluations and not state.stopped:
+        print_metrics(state.history.evaluations[-1])
+
+
+def measure_checkpoint(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
+    """``--evaluate``: the metrics of a checkpoint's raw and averaged weights, in full precision."""
+    from fabric_trainer import checkpoint, run
+    from fabric_trainer.boundary import measure
+    from fabric_trainer.state import State
+
+    which = command.evaluate or ""
+    path = _on_rank_zero(fabric, lambda: run.find_checkpoint(which, command, config))
+    saved = checkpoint.load(path)
+    if saved.get("ema") is None:
+        config.ema.decay = None
+    elif config.ema.decay is None:
+        config.ema.decay = saved["config"]["ema"]["decay"]
+    state = State(fabric, task, config)
+    state.load_weights(saved)
+    fabric.print(f"{path}: step {saved['counters']['step']}, split {command.split}")
+    metrics = measure(state, command.split)
+    if fabric.is_global_zero:
+        for name, value in metrics.items():
+            print(f"{name} {value!r}", flush=True)
+    return FINISHED
+
+
+def fast_dev_run(fabric: Fabric, task: Task, config: Config) -> int:
+    """One update and one evaluation batch; leaves nothing behind."""
+    from fabric_trainer.loop import fit
+    from fabric_trainer.state import State
+
+    config.run.max_steps, config.schedule.warmup = 1, 0
+    state = State(fabric, task, config)
+    state.limit_batches = 1
+    explain(state, None)
+    fit(fabric, task, config, state=state)
+    if fabric.is_global_zero and state.history.evaluations:
+        print_metrics(state.history.evaluations[-1])
+    return FINISHED
+
+
+def dry_run(config: Config) -> int:
+    """Check the configuration without touching a device or a file; list what this machine lacks for a real run."""
+    from fabric_trainer import strategies
+    from fabric_trainer.optim import optimizer_class
+    from fabric_trainer.order import resolve_accumulate
+
+    task = make_task(config)
+    _callbacks(config)
+    optimizer_class(config.optim.name)
+    resolve_accumulate(config.batch, strategies.count_devices(config.fabric))
+    problems = strategies.problems(config.fabric) + task.missing(data_root(config))
+    print("the configuration is valid")
+    if problems:
+        print("would stop a real run:", *problems, sep="\n  ")
+    return FINISHED
+
+
+def make_task(config: Config) -> Task:
+    """The configured task. Raises InputError for a class that isn't one, or arguments that it doesn't take."""
+    import jsonargparse
+
+    from fabric_trainer.imports import import_path
+    from fabric_trainer.task import Task
+
+    cls = import_path(config.task.path, "task.path")
+    if not (isinstance(cls, type) and issubclass(cls, Task)):
+        raise InputError(f"task.path: {config.task.path} is not a fabric_trainer.Task")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "args")
+    try:
+        arguments = parser.parse_object({"args": config.task.args}).args
+    except Exception as error:  # argparse's and jsonargparse's own kinds: all about the arguments
+        raise InputError(f"task.{' '.join(str(error).split())}") from None
+    config.task.args = arguments.as_dict() if arguments is not None else {}
+    return cls(**config.task.args)  # type: ignore[no-any-return]
+
+
+def explain(state: State, choice: Choice | None) -> None:
+    """The start-up summary, on rank 0."""
+    from rich.console import Console
+
+    from fabric_trainer.summary import print_summary
+
+    if state.fabric.is_global_zero:
+        lines = state.describe()
+        if choice is not None:
+            lines |= {"folder": str(choice.folder)}
+            lines |= {"resumed from": str(choice.resume_from)} if choice.resume_from else {}
+        print_summary(Console(), network=state.module, order_lines=lines)
+
+
+def print_metrics(metrics: dict[str, float]) -> None:
+    """A plain line per metric, such as ``val/nrmse 0.0142``."""
+    for name, value in metrics.items():
+        if "/" in name:
+            print(f"{name} {value:.4f}" if abs(value) >= 1e-3 else f"{name} {value:.3e}", flush=True)
+
+
+def _init_from(state: State, path: str) -> None:
+    from pathlib import Path
+
+    from fabric_trainer import checkpoint
+
+    saved = checkpoint.load(Path(path))
+    state.load_weights({"model": saved["model"]})
+    state.fabric.print(f"weights from {path}")
+
+
+def _callbacks(config: Config) -> list[Any]:
+    from fabric_trainer.imports import import_path
+
+    return [import_path(path, "callbacks")() for path in config.callbacks]
+
+
+def _on_rank_zero(fabric: Fabric, decide: Any) -> Any:
+    """What rank 0 decides, on every rank; its InputError too, so that no rank waits for one that has left."""
+    answer: Any = None
+    if fabric.is_global_zero:
+        try:
+            answer = decide()
+        except InputError as error:
+            answer = error
+    answer = fabric.broadcast(answer)
+    if isinstance(answer, InputError):
+        raise answer
+    return answer
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return code

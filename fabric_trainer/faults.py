@@ -1,0 +1,159 @@
+"""What can go wrong at an update, decided by all ranks alike: bad gradients and requests to stop."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fabric_trainer.config import FaultsConfig
+from fabric_trainer.errors import INTERRUPTED, TRY_AGAIN, BadGradientError
+
+
+class Agreement(NamedTuple):
+    """What all ranks know of a window before its first forward."""
+
+    weight: float  # of the whole window, over all ranks
+    stop: int  # 0, or the exit code with which to leave after this update
+    minutes: float  # of training, by rank 0's clock
+
+
+class Agree:
+    """One small all-reduce per window, on the host: no device waits for it, and none is made for a single process."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.is_zero = fabric.is_global_zero
+        self.group = None
+        if fabric.world_size > 1:
+            self.group = torch.distributed.new_group(backend="gloo")
+
+    def __call__(self, weight: float, stop: int, minutes: float) -> Agreement:
+        if self.group is None:
+            return Agreement(weight, stop, minutes)
+        numbers = [weight, stop == INTERRUPTED, stop == TRY_AGAIN, minutes if self.is_zero else 0.0]
+        total = torch.tensor(numbers, dtype=torch.float64)
+        torch.distributed.all_reduce(total, group=self.group)
+        weight, interrupted, try_again, minutes = total.tolist()
+        return Agreement(weight, INTERRUPTED if interrupted else TRY_AGAIN if try_again else 0, minutes)
+
+
+class StopSignals:
+    """Turns SIGTERM, SIGUSR1 and SIGINT into a request, ``stop``, that the loop honours after the update.
+
+    The handler only sets a number: saving inside a handler can meet a half-done update or a collective. A second
+    SIGINT leaves at once. Outside the main thread there are no handlers, and nothing is caught.
+    """
+
+    def __init__(self) -> None:
+        self.stop = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.stop == INTERRUPTED:
+            os._exit(INTERRUPTED)
+        self.stop = INTERRUPTED if number == signal.SIGINT else TRY_AGAIN
+        name = signal.Signals(number).name
+        sys.stderr.write(f"{name}: finishing this update, saving, and leaving with code {self.stop}\n")
+
+
+class Verdict(NamedTuple):
+    """What became of an update."""
+
+    applied: bool
+    norm: float  # only read where the update was left out
+
+
+class Guard:
+    """Steps the optimizer unless the gradient is not finite: then weights, moments and statistics stay as they are.
+
+    Where the optimizer's fused kernel takes the flag as a tensor (``found_inf``), the decision stays on the device:
+    the host learns of it in ``settle``, called just before the next step, when the device has long been there.
+    Elsewhere the norm, already the same on all ranks, is read before the step.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        network: nn.Module,
+        config: FaultsConfig,
+        scaler: Any = None,
+        on_device: bool | None = None,
+    ) -> None:
+        self.optimizer, self.config, self.scaler = optimizer, config, scaler
+        self.bare: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        groups = self.bare.param_groups
+        fused = all(group.get("fused") for group in groups)
+        device = groups[0]["params"][0].device
+        # on a CPU reading the norm costs less than handing over a flag
+        self.on_device = fused and device.type != "cpu" if on_device is None else on_device
+        self.on_device = self.on_device and scaler is None and config.nonfinite == "skip"
+        # a forward with a NaN in it reaches running statistics before any gradient is known
+        norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self._statistics = [buffer for module in norms for buffer in module.buffers()]
+        self._statistics_before = [buffer.clone() for buffer in self._statistics]
+        self._pending: Tensor | bool | None = None
+        self._norm: Tensor = torch.zeros(())
+
+    def before_forward(self) -> None:
+        """Remember the running statistics; call before the window's first forward."""
+        if self._statistics:
+            torch._foreach_copy_(self._statistics_before, self._statistics)
+
+    def step(self, norm: Tensor) -> None:
+        """Step with the present gradients, whose norm is ``norm``, unless it isn't finite. Raises BadGradientError
+        where the configuration says so. ``settle`` tells what happened."""
+        self._norm = norm
+        if self.on_device:
+            flag = norm.isfinite().logical_not_()
+            self.bare.found_inf, self.bare.grad_scale = flag.float(), None  # type: ignore[attr-defined]
+            self.optimizer.step()
+            for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
+                torch.where(flag, before, buffer, out=buffer)
+            self._pending = torch.empty_like(flag, device="cpu", pin_memory=True) if flag.is_cuda else flag
+            if flag.is_cuda:
+                self._pending.copy_(flag, non_blocking=True)
+                self._copied = torch.cuda.Event()
+                self._copied.record()
+            return
+        value = norm.item()
+        bad = not math.isfinite(value)
+        if bad and self.config.nonfinite == "raise" and self.scaler is None:
+            raise BadGradientError(f"the gradient's norm is {value}; faults.nonfinite: skip would leave the update out")
+        if not bad or self.scaler is not None:  # a scaler leaves the update out by itself, and must lower its scale
+            self.optimizer.step()
+        if bad and self._statistics:
+            torch._foreach_copy_(self._statistics, self._statistics_before)
+        self._pending = bad
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether there was a step that nobody has asked about yet."""
+        return self._pending is not None
+
+    def settle(self) -> Verdict | None:
+        """What became of the last step, once; None where nothing is open."""
+        if self._pending is None:
+            return None
+        if isinstance(self._pending, Tensor) and self._norm.is_cuda:
+            self._copied.synchronize()
+        bad, self._pending = bool(self._pending), None
+        return Verdict(not bad, self._norm.item() if bad else math.nan)

@@ -1,0 +1,85 @@
+"""history.json: every evaluation and every epoch of a run, for people, the report and tools."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fabric_trainer.files import write_atomically
+
+FILE = "history.json"
+
+Entry = dict[str, float]
+"""One line of the history: counters as ints, metrics as floats."""
+
+
+class History:
+    """The evaluations and epochs so far, in order.
+
+    evaluations: {"step", "epoch", "window", "samples", "seconds", "val/…": …}; epochs: {"epoch", "step",
+    "train_epoch/loss": …}. It travels in the checkpoint, so that loading one is the cut-back to its step.
+    """
+
+    def __init__(self) -> None:
+        self.evaluations: list[Entry] = []
+        self.epochs: list[Entry] = []
+
+    def add_evaluation(self, values: Mapping[str, float]) -> None:
+        """Append one evaluation: its counters and metrics."""
+        self.evaluations.append(dict(values))
+
+    def add_epoch(self, values: Mapping[str, float]) -> None:
+        """Append one finished epoch: its number, its last step and its exact means."""
+        self.epochs.append(dict(values))
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of both lists: plain lists, dicts and numbers."""
+        return copy.deepcopy({"evaluations": self.evaluations, "epochs": self.epochs})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace everything by ``state``; what came after it is forgotten."""
+        self.evaluations, self.epochs = copy.deepcopy((state["evaluations"], state["epochs"]))
+
+    def write(self, folder: Path) -> None:
+        """Write ``folder``/history.json, whole or not at all.
+
+        JSON has no NaN or infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", which
+        ``float`` of Python and ``Number`` of JavaScript read back; :func:`read_history` does so.
+        """
+        text = json.dumps(_encode(self.state_dict()), indent=1, allow_nan=False)
+        write_atomically(folder / FILE, text + "\n")
+
+
+def read_history(folder: Path) -> History:
+    """The history that ``write`` left in ``folder``. Raises OSError, and ValueError where it isn't one."""
+    state = _decode(json.loads((folder / FILE).read_text(encoding="utf-8")))
+    if not isinstance(state, dict) or {"evaluations", "epochs"} - set(state):
+        raise ValueError(f"{folder / FILE}: expected a JSON object with 'evaluations' and 'epochs'")
+    history = History()
+    history.load_state_dict(state)
+    return history
+
+
+_NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    return _NONFINITE.get(value, value) if isinstance(value, str) else value

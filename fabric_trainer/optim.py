@@ -1,0 +1,117 @@
+"""Optimizers by name or import path, and the parameter groups they get."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_trainer.config import OptimConfig
+from fabric_trainer.errors import InputError
+from fabric_trainer.imports import import_path
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_FUSED = ("cpu", "cuda", "xpu", "mps")  # devices on which torch's fused kernels run
+
+
+def build_optimizer(network: nn.Module, config: OptimConfig, device_type: str, scaled: bool = False) -> Optimizer:
+    """The optimizer of the network's trainable parameters. Raises InputError for a wrong name or argument.
+
+    device_type: where the weights will be; torch's fused kernels are used where they run there. scaled: the run has
+    an fp16 loss scaler, which can't unscale for clipping when the kernel unscales by itself, so then none is used.
+    """
+    cls = optimizer_class(config.name)
+    accepted = inspect.signature(cls).parameters
+    arguments: dict[str, Any] = {"lr": config.lr, **config.args}
+    if unknown := sorted(set(arguments) - set(accepted)):
+        known = ", ".join(name for name in accepted if name != "params")
+        raise InputError(f"optim.args: {cls.__name__} takes no {', '.join(unknown)}; it takes {known}")
+    if inspect.signature(cls.step).parameters.get("closure", inspect.Parameter.empty).default is inspect._empty:
+        raise InputError(f"optim.name: {cls.__name__} needs a closure that runs the loss again; take another")
+    groups = parameter_groups(network, config)
+    if not {"fused", "foreach"} & set(arguments):
+        if "fused" in accepted and device_type in _FUSED and not scaled and _all_floating(groups):
+            arguments["fused"] = True
+        elif "foreach" in accepted and device_type == "cuda":
+            arguments["foreach"] = True
+    try:
+        return cls(groups, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"optim: {cls.__name__} refuses its arguments: {error}") from None
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """``adamw`` or ``Lamb`` by name, in any case, from torch.optim or torch_optimizer; ``my.module.Class`` by path."""
+    if "." in name:
+        cls = import_path(name, "optim.name")
+        if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+            raise InputError(f"optim.name: {name} is not a torch.optim.Optimizer")
+        return cls
+    found = _classes(torch.optim)
+    if name.lower() not in found:
+        found = _classes(_torch_optimizer(name)) | found
+    if name.lower() not in found:
+        near = difflib.get_close_matches(name.lower(), found, n=3) or sorted(found)
+        raise InputError(f"optim.name: there is no {name}; did you mean {', '.join(near)}?")
+    return found[name.lower()]
+
+
+def parameter_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """``decay`` and ``no_decay`` (norms by module type, biases, other vectors), or ``all`` where there is one kind.
+
+    Only parameters that require a gradient now: the groups are fixed for the whole run.
+    """
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise InputError("the network has no parameter that requires a gradient: there is nothing to train")
+    in_norms = {id(p) for module in network.modules() if isinstance(module, _NORMS) for p in module.parameters(False)}
+    decay, rest = [], []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            bare = id(parameter) in in_norms or name.rpartition(".")[2] == "bias" or parameter.ndim < 2
+            (rest if bare else decay).append(parameter)
+    if config.weight_decay == 0 or config.decay_everything or not decay or not rest:
+        every = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        weight_decay = config.weight_decay if decay or config.decay_everything else 0.0
+        return [{"name": "all", "params": every, **_decay(config, weight_decay)}]
+    return [
+        {"name": "decay", "params": decay, **_decay(config, config.weight_decay)},
+        {"name": "no_decay", "params": rest, **_decay(config, 0.0)},
+    ]
+
+
+def _decay(config: OptimConfig, value: float) -> dict[str, float]:
+    accepted = inspect.signature(optimizer_class(config.name)).parameters
+    if "weight_decay" in accepted:
+        return {"weight_decay": value}
+    if config.weight_decay:
+        raise InputError(f"optim.weight_decay: {config.name} has none; leave it at 0")
+    return {}
+
+
+def _classes(module: ModuleType) -> dict[str, type[Optimizer]]:
+    return {
+        name.lower(): cls
+        for name, cls in vars(module).items()
+        if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
+    }
+
+
+def _torch_optimizer(name: str) -> ModuleType:
+    try:
+        return importlib.import_module("torch_optimizer")
+    except ImportError:
+        near = difflib.get_close_matches(name.lower(), _classes(torch.optim), n=3)
+        hint = f" (did you mean {', '.join(near)}?)" if near else ""
+        raise InputError(
+            f"optim.name: torch.optim has no {name}{hint}; for those of torch-optimizer: pip install torch-optimizer"
+        ) from None
+
+
+def _all_floating(groups: list[dict[str, Any]]) -> bool:
+    return all(torch.is_floating_point(parameter) for group in groups for parameter in group["params"])

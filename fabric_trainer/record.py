@@ -1,0 +1,139 @@
+"""Per-update values: kept on the device, fetched together at log points, summed over ranks, written by rank 0."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fabric_trainer.loggers import Loggers
+from fabric_trainer.progress import Progress
+from fabric_trainer.state import State
+from fabric_trainer.task import Loss
+from fabric_trainer.window import Window
+
+
+@dataclass(slots=True)
+class Update:
+    """What an update leaves to be logged. Tensors stay where they are."""
+
+    window: Window
+    weight: float  # of the whole window, over all ranks
+    names: tuple[str, ...] = ()
+    sums: list[Tensor] = field(default_factory=list)  # this rank's, len(names) per micro-batch
+    norm: Tensor | None = None
+    rates: dict[str, float] = field(default_factory=dict)
+    step: int = 0  # set once it is known to be applied
+    samples: int = 0
+
+    def add(self, loss: Loss) -> None:
+        self.names = ("loss", *loss.logs)
+        self.sums.append(loss.total.detach())
+        self.sums.extend(value.detach() for value in loss.logs.values())
+
+
+class Record(AbstractContextManager["Record"]):
+    """Collects updates; ``flush`` fetches and writes them. Every rank has one, rank 0's writes.
+
+    folder: the run's, or None to write no file.
+    """
+
+    def __init__(self, state: State, folder: Path | None, out: Callable[[str], None] | None = None) -> None:
+        self.state, self.folder = state, folder
+        self.fabric = state.fabric
+        self.updates: list[Update] = []
+        self._since, self._samples = time.perf_counter(), state.counters.samples
+        self.loggers, self.progress = Loggers(), None
+        if self.fabric.is_global_zero:
+            self.progress = Progress(state.steps, state.counters.step)
+            if folder is not None:
+                self.loggers = Loggers.build(folder, state.config, folder.name)
+                if state.counters.window:
+                    self.loggers.cut_back(state.counters.step)
+                    state.history.write(folder)
+
+    def __exit__(self, *_: object) -> None:
+        self.loggers.close()
+        if self.progress is not None:
+            self.progress.close()
+
+    def print(self, line: str) -> None:
+        """A line on rank 0's terminal, above the progress bar."""
+        if self.progress is not None:
+            self.progress.print(line)
+
+    def add(self, update: Update) -> None:
+        self.updates.append(update)
+
+    def flush(self, show: bool) -> None:
+        """Fetch what was added since the last flush (one synchronisation), sum it over ranks (one collective), add
+        it to the epoch's sums and hand it to the loggers; ``show`` it on the terminal too."""
+        updates, self.updates = self.updates, []
+        if not updates:
+            return
+        rows = self._rows(updates)
+        self.loggers.log_updates(rows)
+        if show and self.progress is not None:
+            last = rows[-1]
+            shown = {"epoch": last["epoch"], "loss": last["train/loss"], "lr": max(updates[-1].rates.values())}
+            shown |= {"grad_norm": last["grad_norm"], "samples_per_second": last["samples_per_second"]}
+            self.progress.update(updates[-1].step, shown)
+
+    def metrics(self, values: dict[str, float]) -> None:
+        """Hand evaluation metrics or epoch means to the loggers."""
+        self.loggers.log_metrics(self.state.counters.step, values)
+
+    def settled(self) -> None:
+        """Everything on disk that a checkpoint of this moment must find there."""
+        self.loggers.flush()
+        if self.folder is not None and self.fabric.is_global_zero:
+            self.state.history.write(self.folder)
+
+    def _rows(self, updates: list[Update]) -> list[dict[str, float]]:
+        sums, norms = self._fetch(updates)
+        now = time.perf_counter()
+        pace = (updates[-1].samples - self._samples) / max(now - self._since, 1e-9)
+        self._since, self._samples = now, updates[-1].samples
+        peak = _peak_memory(self.fabric.device)
+        rows = []
+        for update, values, norm in zip(updates, sums, norms, strict=True):
+            self.state.epoch.add(update.weight, values)
+            span = update.window.span
+            row: dict[str, float] = {"step": update.step, "window": span.window, "epoch": span.epoch}
+            row |= {"samples": update.samples}
+            row |= {f"train/{name}": value / update.weight for name, value in values.items()}
+            rows.append(row | update.rates | {"grad_norm": norm, "samples_per_second": pace, "memory/peak": peak})
+        return rows
+
+    def _fetch(self, updates: list[Update]) -> tuple[list[dict[str, float]], list[float]]:
+        """Per update, the sums over micro-batches and ranks by name, and the gradient's norm."""
+        tensors = [tensor for update in updates for tensor in (*update.sums, update.norm)]
+        wide = torch.float32 if self.fabric.device.type == "mps" else torch.float64
+        if len({tensor.dtype for tensor in tensors}) > 1:
+            tensors = [tensor.to(wide) for tensor in tensors]
+        values = iter(torch.stack(tensors).to(wide).tolist())
+        sums, norms = [], []
+        for update in updates:
+            total = dict.fromkeys(update.names, 0.0)
+            for i in range(len(update.sums)):
+                total[update.names[i % len(update.names)]] += next(values)
+            sums.append(total)
+            norms.append(next(values))
+        if self.fabric.world_size > 1:
+            own = torch.tensor([list(total.values()) for total in sums], dtype=wide, device=self.fabric.device)
+            over_ranks = self.fabric.all_reduce(own, reduce_op="sum").tolist()  # type: ignore[union-attr]
+            sums = [dict(zip(t, row, strict=True)) for t, row in zip(sums, over_ranks, strict=True)]
+        return sums, norms
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the device allocator's peak, or on a CPU the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

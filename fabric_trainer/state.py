@@ -1,0 +1,217 @@
+"""Everything a run carries from update to update, and what of it goes into a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.seed import seed_everything
+from torch import nn
+from torch.utils.data import Dataset
+
+from fabric_trainer import schedule
+from fabric_trainer.config import Config
+from fabric_trainer.ema import EMA
+from fabric_trainer.errors import InputError
+from fabric_trainer.faults import Guard
+from fabric_trainer.history import History
+from fabric_trainer.optim import build_optimizer
+from fabric_trainer.order import Accumulate, Order, accumulation, rescaled, resolve_accumulate
+from fabric_trainer.portable import load_network_state, load_optimizer_state, optimizer_state
+from fabric_trainer.task import Task
+
+FORMAT = 1
+
+
+@dataclass
+class Counters:
+    """The only clocks of a run."""
+
+    window: int = 0  # windows consumed, skipped ones included: data position, epoch and random seeds follow
+    step: int = 0  # applied updates: schedules, EMA decay and every x-axis follow
+    samples: int = 0  # of applied updates, over all ranks
+    skipped: int = 0  # updates left out for a gradient that was not finite
+    empty: int = 0  # windows without any weight
+    seconds: float = 0.0  # of training, over all resumes
+
+
+@dataclass
+class EpochSums:
+    """The exact training sums of the epoch under way, over all ranks."""
+
+    weight: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, weight: float, sums: dict[str, float]) -> None:
+        self.weight += weight
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        return {f"train_epoch/{name}": value / self.weight for name, value in self.sums.items() if self.weight}
+
+
+class State:
+    """A run between two updates: network, optimizer, EMA, order and counters.
+
+    module is the bare network, network what Fabric made of it. saved: a checkpoint to continue from; given: whether
+    the command itself sets a ``batch.*`` key.
+    """
+
+    def __init__(
+        self, fabric: Fabric, task: Task, config: Config, saved: dict[str, Any] | None = None, given: bool = False
+    ) -> None:
+        self.fabric, self.task, self.config = fabric, task, config
+        self.train_set = _require(task, "train")
+        self.val_set = task.dataset("val")
+        self.accumulate: Accumulate = (
+            rescaled(saved["batch"], config.batch, fabric.world_size, given)
+            if saved
+            else resolve_accumulate(config.batch, fabric.world_size)
+        )
+        self.order = Order(
+            task.plan(self.train_set, config.seed),
+            config.batch.micro_batch_size,
+            self.accumulate,
+            fabric.world_size,
+            fabric.global_rank,
+        )
+        self.steps = self._length()
+        try:
+            self.share = schedule.share(config.schedule, self.steps)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        self.plateau = schedule.Plateau(config.schedule, config.checkpoint.mode)
+
+        seed_everything(config.seed, verbose=False)
+        self.module: nn.Module = task.network()
+        precision = fabric.strategy.precision
+        self.scaler = getattr(precision, "scaler", None)
+        optimizer = build_optimizer(self.module, config.optim, fabric.device.type, scaled=self.scaler is not None)
+        self.network, self.optimizer = fabric.setup(self.module, optimizer)
+        self.bare_optimizer = optimizer
+        self.trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.ema = EMA(self.module, config.ema.decay, config.ema.warmup) if config.ema.decay is not None else None
+        self.guard = Guard(self.optimizer, self.module, config.faults, self.scaler)
+
+        self.counters, self.epoch, self.history = Counters(), EpochSums(), History()
+        self.open: Any = None  # the update that the guard has not been asked about yet
+        self.owes_evaluation = False  # a stop came between an update and the evaluation that was due after it
+        self.limit_batches: int | None = None  # of an evaluation; all where None
+        self.stopped = 0  # the exit code that a stop request asked for
+        self._since = time.perf_counter()
+        if saved:
+            self.load_state_dict(saved)
+
+    def _length(self) -> int:
+        """The updates of the whole run, if none is skipped: what the schedules span."""
+        run = self.config.run
+        limits = [run.max_steps] if run.max_steps is not None else []
+        if run.max_epochs is not None:
+            limits.append(self.order.first_window(run.max_epochs))
+        return min(limits)
+
+    # ---- where the run is ---------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last epoch or the last step is done. Only true of a settled state."""
+        run, counters = self.config.run, self.counters
+        if run.max_steps is not None and counters.step >= run.max_steps:
+            return True
+        return run.max_epochs is not None and counters.window >= self.order.first_window(run.max_epochs)
+
+    def tick(self) -> float:
+        """Bring the training time up to date; returns it in minutes."""
+        now = time.perf_counter()
+        self.counters.seconds += now - self._since
+        self._since = now
+        return self.counters.seconds / 60
+
+    def set_learning_rate(self) -> dict[str, float]:
+        """Set every group's rate for the next update; returns ``lr/<group>`` -> rate."""
+        share = self.share(self.counters.step) * self.plateau.share
+        rates = {}
+        for group, peak in zip(self.bare_optimizer.param_groups, self.peaks, strict=True):
+            rates["lr/" + group["name"]] = group["lr"] = peak * share
+        return rates
+
+    def describe(self) -> dict[str, str]:
+        """What the start-up summary says beside the modules."""
+        fabric, order, config = self.fabric, self.order, self.config
+        micro, ranks = order.micro_batch_size, fabric.world_size
+        first = accumulation(self.accumulate, 0, 0)
+        changes = "" if isinstance(self.accumulate, int) else f", then by {self.accumulate}"
+        precision = getattr(fabric.strategy.precision, "precision", config.fabric.precision)
+        corners = schedule.corners(self.share, config.schedule.warmup, self.steps)
+        return {
+            "effective batch": f"{micro} micro x {first} accumulate x {ranks} rank{'s' * (ranks > 1)}"
+            f" = {micro * first * ranks}{changes}",
+            "updates": f"{order.first_window(1)} in the first epoch, {self.steps} in all",
+            "samples": f"{order.plan.length(0)} an epoch",
+            "schedule": f"{config.schedule.name}: "
+            + ", ".join(f"{share * max(self.peaks):.3g} at {step}" for step, share in corners.items()),
+            "optimizer": f"{type(self.bare_optimizer).__name__}, groups "
+            + ", ".join(f"{group['name']} ({len(group['params'])})" for group in self.bare_optimizer.param_groups),
+            "device": f"{fabric.device}, strategy {config.fabric.strategy}, precision {precision}",
+            "threads": str(torch.get_num_threads()),
+            "seed": str(config.seed),
+        }
+
+    # ---- checkpoint ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, strings, lists and dicts; the tensors are the live ones."""
+        batch = {"micro_batch_size": self.config.batch.micro_batch_size, "accumulate": self.accumulate}
+        return {
+            "format": FORMAT,
+            "model": self.module.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizer": optimizer_state(self.bare_optimizer, self.module),
+            "counters": asdict(self.counters),
+            "batch": batch | {"world_size": self.fabric.world_size, "epoch_samples": self.order.plan.length(0)},
+            "states": {
+                "plateau": self.plateau.state_dict(),
+                "scaler": self.scaler.state_dict() if self.scaler else {},
+                "epoch": asdict(self.epoch),
+                "history": self.history.state_dict(),
+                "owes_evaluation": self.owes_evaluation,
+            },
+            "config": asdict(self.config),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue exactly there. Raises InputError where the checkpoint is of another network, optimizer or data."""
+        here, there = self.order.plan.length(0), saved["batch"]["epoch_samples"]
+        if here != there:
+            raise InputError(f"the run's epoch has {there} samples, this configuration's has {here}: not the same data")
+        self.load_weights(saved)
+        load_optimizer_state(self.bare_optimizer, self.module, saved["optimizer"])
+        self.counters = Counters(**saved["counters"])
+        states = saved["states"]
+        self.plateau.load_state_dict(states["plateau"])
+        if self.scaler and states["scaler"]:
+            self.scaler.load_state_dict(states["scaler"])
+        self.epoch = EpochSums(**states["epoch"])
+        self.history.load_state_dict(states["history"])
+        self.owes_evaluation = states["owes_evaluation"]
+
+
+    def load_weights(self, saved: dict[str, Any]) -> None:
+        """The weights and their average alone, strict; an average that was not kept starts at the weights."""
+        load_network_state(self.module, saved["model"], "the checkpoint")
+        if self.ema:
+            self.ema.load_state_dict(saved.get("ema") or saved["model"])
+
+
+def _require(task: Task, split: str) -> Dataset[Any]:
+    dataset = task.dataset(split)
+    if dataset is None or len(dataset) == 0:  # type: ignore[arg-type]
+        raise InputError(f"{type(task).__name__} has no samples in its {split} split")
+    return dataset
+
+

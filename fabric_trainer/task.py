@@ -1,0 +1,117 @@
+"""What a recipe brings: a network, data, a loss, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from fabric_trainer.order import Plan, Shuffled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torchmetrics import Metric
+
+Batch = dict[str, Any]
+"""What ``collate`` made of the samples, and three keys that the library adds:
+
+``index``   int64 (B,), the samples' places in the dataset
+``weight``  float32 (B,), 1 for a sample and 0 for a row that only pads; a dataset's own ``weight`` is kept, times that
+``random``  :class:`fabric_trainer.random.SampleRandom`, random numbers that belong to the samples
+"""
+
+
+class Loss(NamedTuple):
+    """A micro-batch's loss as *sums* over whatever ``Task.weight`` counts.
+
+    total: 0-d tensor with a graph; the loop divides it by the weight of the whole update, over all ranks.
+    logs: further 0-d sums to log beside it, as ``train/<name>``; detached by the loop.
+    """
+
+    total: Tensor
+    logs: Mapping[str, Tensor] = {}
+
+
+
+
+class Task:
+    """A training recipe. ``network``, ``dataset`` and ``loss`` are the ones to write; the rest has defaults.
+
+    The loop never scales a loss by batch size, ranks or accumulation: ``loss`` returns a sum, ``weight`` says over
+    how much, and the update's gradient is the sum over all micro-batches and ranks divided by the total weight.
+    """
+
+    # ---- data -------------------------------------------------------------------------------------------------
+
+    def prepare(self, root: Path) -> None:
+        """Make, fetch or verify data under ``root``. Runs on rank 0 first, then on the others; must be repeatable."""
+
+    def missing(self, root: Path) -> list[str]:
+        """What would stop a real run here: one line each. Reads only; ``--dry_run`` prints it."""
+        return []
+
+    def dataset(self, split: str) -> Dataset[Any] | None:
+        """The samples of ``train``, ``val``, ``test``, …, or None where there is no such split.
+
+        Map-style, with a length. A sample is a dict of tensors, arrays or numbers. A dataset may define
+        ``__getitems__(indices: list[int])`` and return one ready batch (a dict) for speed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define dataset(split)")
+
+    def plan(self, dataset: Dataset[Any], seed: int) -> Plan:
+        """The order of the training samples in each epoch. Default: all of them, shuffled by (seed, epoch)."""
+        return Shuffled(len(dataset), seed)  # type: ignore[arg-type]
+
+    def collate(self, samples: list[Any]) -> Batch:
+        """One batch of a list of samples; runs in the loader's worker."""
+        return default_collate(samples)
+
+    def augment(self, batch: Batch) -> Batch:
+        """Change a training batch on the host, in the loader's worker. Draw from ``batch['random']`` alone: then
+        neither workers, nor ranks, nor a resume change what a sample becomes."""
+        return batch
+
+    # ---- training ---------------------------------------------------------------------------------------------
+
+    def network(self) -> nn.Module:
+        """The bare network, on the CPU; built right after the seed was set."""
+        raise NotImplementedError(f"{type(self).__name__} must define network()")
+
+    def weight(self, batch: Batch) -> Tensor | float:
+        """How much this batch counts in the loss's denominator, on the host. Default: samples, padding left out.
+
+        For a loss per token return the number of valid tokens (of rows that are no padding).
+        """
+        return batch["weight"].sum()
+
+    def loss(self, network: nn.Module, batch: Batch) -> Loss:
+        """The sum of the loss over the batch, on the device. Rows of weight 0 must add exactly nothing."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss(network, batch)")
+
+    # ---- evaluation -------------------------------------------------------------------------------------------
+
+    def meters(self) -> dict[str, Metric]:
+        """torchmetrics to feed in ``evaluate``: name -> fresh metric. Most tasks need none: see ``figures``."""
+        return {}
+
+    def evaluate(self, network: nn.Module, batch: Batch, meters: dict[str, Metric]) -> dict[str, Tensor]:
+        """Sums (0-d) of one evaluation batch; the library adds them up in float64 over all batches and ranks.
+
+        Default: the training loss and its logs, and the weight they are sums over.
+        """
+        loss = self.loss(network, batch)
+        weight = torch.as_tensor(self.weight(batch))
+        return {"loss": loss.total, **loss.logs, "weight": weight}
+
+    def figures(self, sums: dict[str, float]) -> dict[str, float]:
+        """The metrics of a whole split, from its exact sums. Default: each sum divided by the weight."""
+        weight = sums["weight"]
+        return {name: value / weight for name, value in sums.items() if name != "weight"}
+
+    def pictures(self, network: nn.Module, device: torch.device) -> dict[str, Figure]:
+        """Figures for the report, by title; called once, on rank 0, at the end, with the best weights."""
+        return {}

@@ -1,0 +1,103 @@
+"""The micro-batches of one update, on the host, with their weight known before the first forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import tee
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fabric_trainer.order import Order, Rows, Span
+from fabric_trainer.random import SampleRandom
+from fabric_trainer.task import Batch, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One update's share of one rank."""
+
+    span: Span
+    micro_batches: list[Batch]
+    weight: float  # what Task.weight counts, summed over this rank's micro-batches
+
+    def on(self, device: torch.device) -> Iterator[tuple[Batch, bool]]:
+        """(micro-batch on the device, whether it is the last), each copied while the one before it is computed."""
+        following = to_device(self.micro_batches[0], device)
+        for batch in self.micro_batches[1:]:
+            current, following = following, to_device(batch, device)
+            yield current, False
+        yield following, True
+
+
+class MicroBatches(Dataset[Batch]):
+    """Turns Rows into a batch; runs in the loader's workers."""
+
+    def __init__(self, task: Task, dataset: Dataset[Any], seed: int, training: bool) -> None:
+        self.task, self.dataset, self.seed, self.training = task, dataset, seed, training
+
+    def __getitem__(self, rows: Rows) -> Batch:
+        fetch = getattr(self.dataset, "__getitems__", None)
+        index = rows.index.tolist()
+        samples = fetch(index) if fetch else [self.dataset[i] for i in index]
+        batch = samples if isinstance(samples, dict) else self.task.collate(samples)
+        if not isinstance(batch, dict):
+            raise TypeError(f"a batch must be a dict of tensors; {type(self.dataset).__name__} gave {type(batch)}")
+        weight = torch.from_numpy(rows.weight)
+        batch["weight"] = batch["weight"] * weight if "weight" in batch else weight
+        batch["index"] = torch.from_numpy(rows.index)
+        batch["random"] = SampleRandom(self.seed, rows.epoch, batch["index"])
+        return self.task.augment(batch) if self.training else batch
+
+
+def windows(
+    task: Task,
+    dataset: Dataset[Any],
+    order: Order,
+    seed: int = 0,
+    first: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Window]:
+    """This rank's windows from number ``first`` on, without end: epochs follow one another without a pause."""
+    ahead, spans = tee(order.spans(first))  # workers run ahead
+    rows = (rows for span in ahead for rows in order.micro_batches(span))
+    batches = load(MicroBatches(task, dataset, seed, training=True), rows, num_workers, pin_memory)
+    for span in spans:
+        micro_batches = [next(batches) for _ in range(order.micro_batch_count(span))]
+        yield Window(span, micro_batches, sum(float(task.weight(batch)) for batch in micro_batches))
+
+
+def load(
+    micro_batches: MicroBatches, rows: Iterator[Rows], num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """The batches of ``rows``, in order, prepared in worker processes where there are any."""
+    if num_workers == 0 and not pin_memory:
+        return map(micro_batches.__getitem__, rows)  # what a DataLoader would do, without its bookkeeping
+    loader = DataLoader(
+        micro_batches,
+        batch_size=None,
+        sampler=rows,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # else it would draw from the global one
+    )
+    return iter(loader)
+
+
+def to_device(data: Any, device: torch.device) -> Any:
+    """Everything in dicts, lists and tuples that has ``.to``, on the device; from pinned memory without waiting."""
+    if device.type == "cpu":
+        return data
+    if isinstance(data, dict):
+        return {key: to_device(value, device) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return type(data)(to_device(value, device) for value in data)
+    return data.to(device, non_blocking=True) if hasattr(data, "to") else data
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,82 @@
+"""Fields on a grid to latent tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class GridEncoder(nn.Module):
+    """Fields on a regular grid of the unit square (or line) to a sequence of latent tokens, by fixed random features.
+
+    The encoder is never trained. Its weights come from a seed of its own, in a fork of the global generator, so they
+    are the same in every run, stage and process; they are part of the state dict all the same, and so of every
+    checkpoint. Latents of two encoders with different weights have nothing to do with each other.
+
+    A residual convolution (the identity as built), patches of points, Fourier features of the patches' centres, a
+    linear map of each patch and the mean over neighbouring patches: ``tokens`` of them in row-major order.
+
+    tokens: length of the sequence. dim: width of a token. channels: fields. patch: points of a patch along y and x;
+    they keep their own numbers in the token, whereas pooling keeps only the mean. frequencies: of the position
+    features, in periods per unit length. stem: hidden channels of the convolution. seed: of the weights.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        dim: int,
+        channels: int = 1,
+        patch: tuple[int, int] = (1, 1),
+        frequencies: Sequence[float] = (1, 2),
+        stem: int = 32,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        self.tokens, self.dim, self.patch = tokens, dim, tuple(patch)
+        self.frequencies = tuple(float(f) for f in frequencies)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.stem = nn.Sequential(
+                nn.Conv2d(channels, max(channels, stem), 3, padding=1),
+                nn.GELU(),
+                nn.Conv2d(max(channels, stem), channels, 1),
+            )
+            self.project = nn.Linear(channels * math.prod(self.patch) + 4 * len(self.frequencies), dim)
+        nn.init.zeros_(self.stem[2].weight)
+        nn.init.zeros_(self.stem[2].bias)
+        self.requires_grad_(False)
+
+    def forward(self, fields: Tensor) -> Tensor:
+        """float (B, C, H, W), H = 1 on a line -> float (B, tokens, dim). ValueError where patches don't fit."""
+        _, _, height, width = fields.shape
+        rows, columns = height // self.patch[0], width // self.patch[1]
+        if (rows * self.patch[0], columns * self.patch[1]) != (height, width) or rows * columns < self.tokens:
+            raise ValueError(
+                f"a grid of {height} x {width} points does not give {self.tokens} tokens "
+                f"of patches of {self.patch[0]} x {self.patch[1]}"
+            )
+        fields = fields + self.stem(fields)
+        # (B, C, rows, ph, columns, pw) -> a channel for each point of a patch, in the order of PixelUnshuffle
+        patches = fields.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).permute(0, 1, 3, 5, 2, 4)
+        patches = patches.reshape(len(fields), -1, rows * columns)
+        position = self._position(rows, columns, fields).expand(len(fields), -1, -1)
+        pooled = F.adaptive_avg_pool1d(torch.cat((patches, position), 1), self.tokens)
+        # linear maps and means commute; in this order the map is applied to fewer places
+        return self.project(pooled.transpose(1, 2))
+
+    def _position(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """sin and cos of 2 pi f x and 2 pi f y at the patches' centres: (4 x frequencies, rows x columns)."""
+        y = (torch.arange(rows, device=like.device, dtype=like.dtype) + 0.5) / rows
+        x = (torch.arange(columns, device=like.device, dtype=like.dtype) + 0.5) / columns
+        xy = torch.stack(torch.meshgrid(x, y, indexing="xy")).flatten(1)
+        return fourier(xy.T, self.frequencies).T
+
+
+def fourier(coordinates: Tensor, frequencies: Sequence[float]) -> Tensor:
+    """sin and cos of 2 pi f times each coordinate: (..., K) -> (..., 2 K x frequencies)."""
+    angles = [2 * math.pi * f * coordinates for f in frequencies]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], -1)
