@@ -10,6 +10,7 @@ _HOME = {
     "EMA": "ema",
     "Loss": "task",
     "Order": "order",
+    "Split": "evaluate",
     "SampleRandom": "random",
     "Shuffled": "order",
     "Task": "task",

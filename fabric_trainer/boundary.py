@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +61,7 @@ class Boundary:
             span.epoch + span.stop / state.order.plan.length(span.epoch),
             minutes,
         )
-        return span.last or self.now.steps == state.steps or state.stopped != 0 or self._reached()
+        return span.last or self.now.steps == state.steps or state.stopped != 0 or bool(self._reached())
 
     def act(self, span: Span) -> None:
         """Do what is due after the window; its update is settled by now."""
@@ -78,12 +77,13 @@ class Boundary:
         if span.last:
             self.end_epoch(span.epoch)
         improved = False
-        if state.val_set is not None and (finished or "evaluate" in due):
+        if state.has_val and (finished or "evaluate" in due):
             state.owes_evaluation = bool(state.stopped)
             if not state.stopped:
                 improved = self.evaluate()
         if finished or state.stopped or improved or {"save", "keep"} & due:
             self.save(keep="keep" in due)
+        self.record.restart_clock()
 
     def _reached(self) -> set[str]:
         return {name for name, mark in self.marks.items() if self.every[name].reached(mark, self.now)}
@@ -100,7 +100,7 @@ class Boundary:
         """Measure the raw and the averaged weights; returns whether the monitored metric is the best so far."""
         state = self.state
         counters, monitor = state.counters, state.config.checkpoint.monitor
-        self.metrics, self.measured_at = measure(state, "val", state.limit_batches), counters.window
+        self.metrics, self.measured_at = measure(state, "val"), counters.window
         if monitor is not None and monitor not in self.metrics:
             raise InputError(f"checkpoint.monitor: no {monitor} among the metrics {', '.join(self.metrics)}")
         state.owes_evaluation = False
@@ -145,28 +145,17 @@ class Boundary:
         self.fabric.barrier()
 
 
-def measure(state: State, split: str, limit_batches: int | None = None) -> dict[str, float]:
+def measure(state: State, split: str) -> dict[str, float]:
     """``<split>/<metric>`` of the raw weights and ``<split>_ema/<metric>`` of the average, as configured."""
-    config = state.config.evaluate
-    dataset = state.val_set if split == "val" else state.task.dataset(split)
-    if dataset is None:
-        raise InputError(f"{type(state.task).__name__} has no {split} split")
-    weights = {"raw": nullcontext()} if state.ema is None or config.weights != "ema" else {}
-    suffix = {"raw": "", "ema": "_ema"}
-    if state.ema is not None and config.weights != "raw":
-        weights["ema"] = state.ema.applied()  # type: ignore[assignment]
-    metrics = {}
-    for name, context in weights.items():
-        with context:
-            found = evaluate(
-                state.fabric,
-                state.task,
-                state.network,
-                dataset,
-                config.micro_batch_size or state.config.batch.micro_batch_size,
-                state.config.seed,
-                state.config.data.num_workers,
-                limit_batches,
-            )
-        metrics |= {f"{split}{suffix[name]}/{key}": value for key, value in found.items()}
+    wanted, averaged = state.config.evaluate.weights, state.ema
+    metrics: dict[str, float] = {}
+    if averaged is None or wanted != "ema":
+        metrics |= _named(split, evaluate(state.fabric, state.task, state.network, state.split(split)))
+    if averaged is not None and wanted != "raw":
+        with averaged.applied():
+            metrics |= _named(f"{split}_ema", evaluate(state.fabric, state.task, state.network, state.split(split)))
     return metrics
+
+
+def _named(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}

@@ -13,6 +13,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,13 @@ class Checkpoints:
             if ranked:
                 self._link("best.pt", ranked[0])
             self._rotate()
-        except OSError as error:
-            self._error = CheckpointError(
-                f"could not write {path}: {error.strerror or error}; the checkpoints before it are as they were"
-            )
         except Exception as error:  # raised again in the training thread, by wait()
+            cause = _disk_error(error)
             self._error = error
+            if cause is not None:
+                self._error = CheckpointError(
+                    f"could not write {path}: {cause.strerror or cause}; the checkpoints before it are as they were"
+                )
 
     def _rotate(self) -> None:
         newest = sorted(self.index, key=lambda name: self.index[name]["window"])[-self.config.keep_last :]
@@ -172,11 +174,16 @@ class HashingFile:
 
 def _discard(file: Any, path: Path) -> None:
     """Close and delete what could not be written; closing tries to flush once more, which may fail once more."""
-    try:
+    with suppress(OSError):  # the error that led here is the one to report
         file.close()
-    except OSError:
-        pass  # the error that led here is the one to report
     path.unlink(missing_ok=True)
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The disk's own error behind ``error``: torch.save, closing its archive, puts one of its own on top."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 class Snapshot:
@@ -221,8 +228,8 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path} is refused: it is no file of tensors and plain values alone") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged: {(str(error) or 'it is cut short').splitlines()[0]}") from None
     if not isinstance(state, dict) or "model" not in state:
         raise InputError(f"{path} has no 'model': it is no checkpoint of fabric_trainer")
     return state

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def describe(world_size: int, device: torch.device, strategy: str) -> dict[str, 
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "working_directory": os.getcwd(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "git": git_state(_source_folder()),
         "versions": versions(),

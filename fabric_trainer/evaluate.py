@@ -14,38 +14,47 @@ from torch.utils.data import Dataset
 from fabric_trainer.order import Order, Sequential
 from fabric_trainer.random import mixed, seed_torch
 from fabric_trainer.task import Task
-from fabric_trainer.window import MicroBatches, load, to_device
+from fabric_trainer.window import MicroBatches, loader, to_device
 
 _EVALUATION = 0x6576616C  # keeps evaluation's random numbers apart from training's
 
 
-@torch.no_grad()
-def evaluate(
-    fabric: Fabric,
-    task: Task,
-    network: nn.Module,
-    dataset: Dataset[Any],
-    micro_batch_size: int,
-    seed: int = 0,
-    num_workers: int = 0,
-    limit_batches: int | None = None,
-) -> dict[str, float]:
-    """The task's metrics over the whole dataset, the same on every rank.
+class Split:
+    """The evaluation batches of one dataset: in order, every sample once, however many ranks; again at each pass.
 
-    Every sample counts once, however many ranks and however ragged the last batch. Random numbers are the same at
-    every evaluation. The network's training flags are as before afterwards; it must not be in use elsewhere.
+    Random numbers are the same at every pass, and none of training's.
     """
-    order = Order(Sequential(len(dataset)), micro_batch_size, 1, fabric.world_size, fabric.global_rank)  # type: ignore
-    windows = order.first_window(1)
-    spans = (order.span(window) for window in range(min(windows, limit_batches or windows)))
-    rows = (rows for span in spans for rows in order.micro_batches(span))
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        task: Task,
+        dataset: Dataset[Any],
+        micro_batch_size: int,
+        seed: int = 0,
+        num_workers: int = 0,
+        limit_batches: int | None = None,
+    ) -> None:
+        plan = Sequential(len(dataset))  # type: ignore[arg-type]
+        order = Order(plan, micro_batch_size, 1, fabric.world_size, fabric.global_rank)
+        spans = map(order.span, range(min(order.first_window(1), limit_batches or plan.samples)))
+        rows = [rows for span in spans for rows in order.micro_batches(span)]
+        self.seed = mixed(_EVALUATION, seed)
+        micro_batches = MicroBatches(task, dataset, self.seed, training=False)
+        self.batches = loader(micro_batches, rows, num_workers, fabric.device.type == "cuda")
+
+
+@torch.no_grad()
+def evaluate(fabric: Fabric, task: Task, network: nn.Module, split: Split) -> dict[str, float]:
+    """The task's metrics over the whole split, the same on every rank.
+
+    The network's training flags are as before afterwards; torch's generators are seeded anew.
+    """
     meters = {name: meter.to(fabric.device) for name, meter in task.meters().items()}
     sums: dict[str, Tensor] = {}
-    seed = mixed(_EVALUATION, seed)
-    batches = load(MicroBatches(task, dataset, seed, training=False), rows, num_workers, fabric.device.type == "cuda")
     with evaluating(network):
-        seed_torch(fabric.device, seed, fabric.global_rank)
-        for batch in batches:
+        seed_torch(fabric.device, split.seed, fabric.global_rank)
+        for batch in split.batches:
             for name, value in task.evaluate(network, to_device(batch, fabric.device), meters).items():
                 value = value.detach().to(fabric.device, _wide(fabric.device))
                 sums[name] = sums[name] + value if name in sums else value

@@ -32,9 +32,9 @@ class Agree:
 
     def __init__(self, fabric: Fabric) -> None:
         self.is_zero = fabric.is_global_zero
-        self.group = None
+        self.group: torch.distributed.ProcessGroup | None = None
         if fabric.world_size > 1:
-            self.group = torch.distributed.new_group(backend="gloo")
+            self.group = torch.distributed.new_group(backend="gloo")  # type: ignore[assignment]
 
     def __call__(self, weight: float, stop: int, minutes: float) -> Agreement:
         if self.group is None:

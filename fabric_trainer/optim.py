@@ -32,7 +32,8 @@ def build_optimizer(network: nn.Module, config: OptimConfig, device_type: str, s
     if unknown := sorted(set(arguments) - set(accepted)):
         known = ", ".join(name for name in accepted if name != "params")
         raise InputError(f"optim.args: {cls.__name__} takes no {', '.join(unknown)}; it takes {known}")
-    if inspect.signature(cls.step).parameters.get("closure", inspect.Parameter.empty).default is inspect._empty:
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
         raise InputError(f"optim.name: {cls.__name__} needs a closure that runs the loss again; take another")
     groups = parameter_groups(network, config)
     if not {"fused", "foreach"} & set(arguments):
@@ -70,7 +71,8 @@ def parameter_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, 
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise InputError("the network has no parameter that requires a gradient: there is nothing to train")
     in_norms = {id(p) for module in network.modules() if isinstance(module, _NORMS) for p in module.parameters(False)}
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             bare = id(parameter) in in_norms or name.rpartition(".")[2] == "bias" or parameter.ndim < 2

@@ -225,7 +225,8 @@ class Order:
         if length < 1:
             raise ValueError(f"epoch {epoch} has no samples: there is nothing to train on")
         window, position, pieces = self.first_window(epoch), 0, []
-        changes = sorted(self.accumulate["window"]) if self._changes_by_window() else []
+        by_window = isinstance(self.accumulate, dict) and "window" in self.accumulate
+        changes = sorted(self.accumulate["window"]) if by_window else []  # type: ignore[index]
         while position < length:  # one round for each accumulation that the epoch sees
             size = self.effective_batch_size(window, epoch)
             until = min((c for c in changes if c > window), default=None)
@@ -234,6 +235,3 @@ class Order:
             window += len(pieces[-1])
             position = stop
         return np.concatenate([*pieces, [length]])
-
-    def _changes_by_window(self) -> bool:
-        return isinstance(self.accumulate, dict) and "window" in self.accumulate

@@ -27,7 +27,7 @@ class Update:
     weight: float  # of the whole window, over all ranks
     names: tuple[str, ...] = ()
     sums: list[Tensor] = field(default_factory=list)  # this rank's, len(names) per micro-batch
-    norm: Tensor | None = None
+    norm: Tensor = field(default_factory=lambda: torch.zeros(()))
     rates: dict[str, float] = field(default_factory=dict)
     step: int = 0  # set once it is known to be applied
     samples: int = 0
@@ -84,6 +84,10 @@ class Record(AbstractContextManager["Record"]):
             shown = {"epoch": last["epoch"], "loss": last["train/loss"], "lr": max(updates[-1].rates.values())}
             shown |= {"grad_norm": last["grad_norm"], "samples_per_second": last["samples_per_second"]}
             self.progress.update(updates[-1].step, shown)
+
+    def restart_clock(self) -> None:
+        """Leave what was done since the last flush, evaluating and saving, out of the training pace."""
+        self._since = time.perf_counter()
 
     def metrics(self, values: dict[str, float]) -> None:
         """Hand evaluation metrics or epoch means to the loggers."""

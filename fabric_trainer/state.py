@@ -16,6 +16,7 @@ from fabric_trainer import schedule
 from fabric_trainer.config import Config
 from fabric_trainer.ema import EMA
 from fabric_trainer.errors import InputError
+from fabric_trainer.evaluate import Split
 from fabric_trainer.faults import Guard
 from fabric_trainer.history import History
 from fabric_trainer.optim import build_optimizer
@@ -66,7 +67,8 @@ class State:
     ) -> None:
         self.fabric, self.task, self.config = fabric, task, config
         self.train_set = _require(task, "train")
-        self.val_set = task.dataset("val")
+        self.has_val = task.dataset("val") is not None
+        self._splits: dict[str, Split] = {}
         self.accumulate: Accumulate = (
             rescaled(saved["batch"], config.batch, fabric.world_size, given)
             if saved
@@ -124,6 +126,17 @@ class State:
         if run.max_steps is not None and counters.step >= run.max_steps:
             return True
         return run.max_epochs is not None and counters.window >= self.order.first_window(run.max_epochs)
+
+    def split(self, name: str) -> Split:
+        """The evaluation batches of a split, made once. Raises InputError where the task has none."""
+        if name not in self._splits:
+            config, dataset = self.config, self.task.dataset(name)
+            if dataset is None:
+                raise InputError(f"{type(self.task).__name__} has no {name} split")
+            size = config.evaluate.micro_batch_size or config.batch.micro_batch_size
+            workers, limit = config.data.num_workers, self.limit_batches
+            self._splits[name] = Split(self.fabric, self.task, dataset, size, config.seed, workers, limit)
+        return self._splits[name]
 
     def tick(self) -> float:
         """Bring the training time up to date; returns it in minutes."""

@@ -66,7 +66,7 @@ def device_problems(accelerator: str, devices: int | list[int], precision: str) 
     cuda, problems = torch.cuda.is_available(), []
     on_gpu = accelerator in ("cuda", "gpu") or (accelerator == "auto" and cuda)
     if accelerator in ("cuda", "gpu") and not cuda and not torch.backends.mps.is_available():
-        problems.append(f"fabric.accelerator: {accelerator} is asked for and this machine has none; auto or cpu would do")
+        problems.append(f"fabric.accelerator: {accelerator} asked for, this machine has none; auto or cpu would do")
     elif on_gpu and cuda:
         wanted = devices if isinstance(devices, int) else max(devices, default=0) + 1
         if wanted > torch.cuda.device_count():
@@ -85,7 +85,7 @@ def _agreed(key: str, configured: str, variable: str) -> str:
         return configured
     if configured == "auto":
         return str(launched)
-    raise InputError(f"fabric.{key} is {configured} and the launcher's --{key} is {launched}: give one, or make them equal")
+    raise InputError(f"fabric.{key} is {configured}, the launcher's --{key} is {launched}: give one, or make them equal")
 
 
 def _world(config: FabricConfig) -> tuple[int | list[int], int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import tee
 from typing import Any
@@ -64,28 +64,40 @@ def windows(
     """This rank's windows from number ``first`` on, without end: epochs follow one another without a pause."""
     ahead, spans = tee(order.spans(first))  # workers run ahead
     rows = (rows for span in ahead for rows in order.micro_batches(span))
-    batches = load(MicroBatches(task, dataset, seed, training=True), rows, num_workers, pin_memory)
+    batches = iter(loader(MicroBatches(task, dataset, seed, training=True), rows, num_workers, pin_memory))
     for span in spans:
         micro_batches = [next(batches) for _ in range(order.micro_batch_count(span))]
         yield Window(span, micro_batches, sum(float(task.weight(batch)) for batch in micro_batches))
 
 
-def load(
-    micro_batches: MicroBatches, rows: Iterator[Rows], num_workers: int, pin_memory: bool
-) -> Iterator[Batch]:
-    """The batches of ``rows``, in order, prepared in worker processes where there are any."""
+def loader(
+    micro_batches: MicroBatches, rows: Iterable[Rows], num_workers: int, pin_memory: bool
+) -> Iterable[Batch]:
+    """The batches of ``rows``, in order, prepared in worker processes where there are any; the workers stay for the
+    next pass."""
     if num_workers == 0 and not pin_memory:
-        return map(micro_batches.__getitem__, rows)  # what a DataLoader would do, without its bookkeeping
-    loader = DataLoader(
+        return Mapped(micro_batches, rows)
+    return DataLoader(
         micro_batches,
         batch_size=None,
-        sampler=rows,  # type: ignore[arg-type]
+        sampler=rows,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else it would draw from the global one
     )
-    return iter(loader)
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """What a DataLoader without workers does, without its bookkeeping."""
+
+    micro_batches: MicroBatches
+    rows: Iterable[Rows]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.micro_batches.__getitem__, self.rows)
 
 
 def to_device(data: Any, device: torch.device) -> Any:
@@ -99,5 +111,5 @@ def to_device(data: Any, device: torch.device) -> Any:
     return data.to(device, non_blocking=True) if hasattr(data, "to") else data
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch

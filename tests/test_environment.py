@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -40,7 +40,7 @@ def test_describe_is_json_and_complete(monkeypatch: pytest.MonkeyPatch, checkout
     assert found["hardware"]["threads"] == torch.get_num_threads()
     assert found["hardware"]["memory"] > 1e8
     assert found["git"]["commit"] == git(checkout, "rev-parse", "HEAD").strip()  # the script's checkout, not ours
-    age = datetime.now(timezone.utc) - datetime.fromisoformat(found["started"])
+    age = datetime.now(UTC) - datetime.fromisoformat(found["started"])
     assert 0 <= age.total_seconds() < 60
     assert found["started"].endswith("+00:00")
 

@@ -17,12 +17,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fabric_trainer.config import Config, LoggersConfig, WandbConfig
 from fabric_trainer.errors import InputError
 from fabric_trainer.history import History, read_history
-from fabric_trainer.loggers import CsvLogger, Loggers, TensorBoardLogger, WandbLogger
+from fabric_trainer.loggers import CsvLogger, Loggers, TensorBoardLogger
 
 
 def rows(first: int, last: int, session: int = 0) -> list[dict[str, float]]:
     """Updates ``first`` to ``last``; the loss tells the step and the session apart."""
-    return [{"step": s, "epoch": s // 4, "train/loss": s + session / 8, "grad_norm": 1 / s} for s in range(first, last + 1)]
+    return [
+        {"step": s, "epoch": s // 4, "train/loss": s + session / 8, "grad_norm": 1 / s}
+        for s in range(first, last + 1)
+    ]
 
 
 def read(path: Path) -> list[dict[str, float]]:
@@ -251,7 +254,8 @@ def test_nothing_imports_wandb_unasked(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from fabric_trainer.config import Config\n"
         "from fabric_trainer.loggers import Loggers\n"
-        f"l = Loggers.build(Path({str(tmp_path)!r}), Config(), 'r'); l.log_updates([{{'step': 1, 'a': 1.0}}]); l.close()\n"
+        f"loggers = Loggers.build(Path({str(tmp_path)!r}), Config(), 'r')\n"
+        "loggers.log_updates([{'step': 1, 'a': 1.0}]); loggers.close()\n"
         "assert 'wandb' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)

@@ -97,7 +97,7 @@ def test_bare_module_and_module_without_parameters() -> None:
     assert cells(module_table(nn.ReLU()))["total"][1:] == ["–", "–", "–"]
 
 
-@pytest.mark.parametrize("size, shown", [(999, "999 B"), (1000, "1.0 kB"), (99_960, "100 kB"), (2_500_000_000, "2.5 GB")])
+@pytest.mark.parametrize("size, shown", [(999, "999 B"), (1000, "1.0 kB"), (99_960, "100 kB"), (2 * 10**9, "2.0 GB")])
 def test_sizes(size: int, shown: str) -> None:
     network = nn.Module()
     network.register_parameter("p", nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), False))

@@ -21,7 +21,8 @@ class GridEncoder(nn.Module):
     linear map of each patch and the mean over neighbouring patches: ``tokens`` of them in row-major order.
 
     tokens: length of the sequence. dim: width of a token. channels: fields. patch: points of a patch along y and x;
-    they keep their own numbers in the token, whereas pooling keeps only the mean. frequencies: of the position
+    they keep their own numbers in the token, whereas pooling keeps only the mean. margin: points beyond a patch on
+    either side, along y and x and around the periodic edges, that its token sees as well. frequencies: of the position
     features, in periods per unit length. stem: hidden channels of the convolution. seed: of the weights.
     """
 
@@ -31,12 +32,14 @@ class GridEncoder(nn.Module):
         dim: int,
         channels: int = 1,
         patch: tuple[int, int] = (1, 1),
+        margin: tuple[int, int] = (0, 0),
         frequencies: Sequence[float] = (1, 2),
         stem: int = 32,
         seed: int = 42,
     ) -> None:
         super().__init__()
-        self.tokens, self.dim, self.patch = tokens, dim, tuple(patch)
+        self.tokens, self.dim, self.patch, self.margin = tokens, dim, tuple(patch), tuple(margin)
+        window = math.prod(p + 2 * m for p, m in zip(patch, margin, strict=True))
         self.frequencies = tuple(float(f) for f in frequencies)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -45,7 +48,7 @@ class GridEncoder(nn.Module):
                 nn.GELU(),
                 nn.Conv2d(max(channels, stem), channels, 1),
             )
-            self.project = nn.Linear(channels * math.prod(self.patch) + 4 * len(self.frequencies), dim)
+            self.project = nn.Linear(channels * window + 4 * len(self.frequencies), dim)
         nn.init.zeros_(self.stem[2].weight)
         nn.init.zeros_(self.stem[2].bias)
         self.requires_grad_(False)
@@ -60,9 +63,10 @@ class GridEncoder(nn.Module):
                 f"of patches of {self.patch[0]} x {self.patch[1]}"
             )
         fields = fields + self.stem(fields)
-        # (B, C, rows, ph, columns, pw) -> a channel for each point of a patch, in the order of PixelUnshuffle
-        patches = fields.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).permute(0, 1, 3, 5, 2, 4)
-        patches = patches.reshape(len(fields), -1, rows * columns)
+        (ph, pw), (my, mx) = self.patch, self.margin
+        padded = F.pad(fields, (mx, mx, my, my), mode="circular")
+        patches = padded.unfold(2, ph + 2 * my, ph).unfold(3, pw + 2 * mx, pw)  # (B, C, rows, columns, ph, pw)
+        patches = patches.permute(0, 1, 4, 5, 2, 3).reshape(len(fields), -1, rows * columns)
         position = self._position(rows, columns, fields).expand(len(fields), -1, -1)
         pooled = F.adaptive_avg_pool1d(torch.cat((patches, position), 1), self.tokens)
         # linear maps and means commute; in this order the map is applied to fewer places

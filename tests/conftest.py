@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture
+def fabric() -> Fabric:
+    """One CPU process."""
+    made = Fabric(accelerator="cpu", devices=1)
+    made.launch()
+    return made
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Real data, where it is: FABRIC_TRAINER_TEST_DATA, else ../shared beside the checkout."""
+    folder = Path(os.environ.get("FABRIC_TRAINER_TEST_DATA", REPOSITORY.parent / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no real data at {folder} (set FABRIC_TRAINER_TEST_DATA)")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)

@@ -1,0 +1,66 @@
+"""Small tasks that the tests train; everything that makes a resume hard is in ``Noisy``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fabric_trainer import Batch, Config, Loss, Task
+
+
+class Points(torch.utils.data.Dataset):
+    """x (8,) and a smooth function of it (2,), with per-sample weights where asked."""
+
+    def __init__(self, samples: int, seed: int, weights: Tensor | None = None) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(samples, 8, generator=generator)
+        self.y = torch.sin(self.x[:, :2] * 2)
+        self.weights = weights
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = {"x": self.x[index], "y": self.y[index]}
+        return sample if self.weights is None else sample | {"weight": self.weights[index]}
+
+
+class Regression(Task):
+    """A two-layer network, squared error, a sum over samples."""
+
+    def __init__(self, samples: int = 50, dropout: float = 0.0, batch_norm: bool = False) -> None:
+        self.samples, self.dropout, self.batch_norm = samples, dropout, batch_norm
+
+    def dataset(self, split: str) -> Points | None:
+        return {"train": Points(self.samples, 0), "val": Points(23, 1)}.get(split)
+
+    def network(self) -> nn.Module:
+        middle = [nn.BatchNorm1d(16)] if self.batch_norm else []
+        return nn.Sequential(nn.Linear(8, 16), *middle, nn.Tanh(), nn.Dropout(self.dropout), nn.Linear(16, 2))
+
+    def loss(self, network: nn.Module, batch: Batch) -> Loss:
+        error = (network(batch["x"]) - batch["y"]).square().sum(1)
+        return Loss((error * batch["weight"]).sum(), {"abs": (error.detach().sqrt() * batch["weight"]).sum()})
+
+
+class Noisy(Regression):
+    """Dropout, BatchNorm and per-sample augmentation on top."""
+
+    def __init__(self, samples: int = 50, width: int = 16) -> None:
+        super().__init__(samples, dropout=0.2, batch_norm=True)
+
+    def augment(self, batch: Batch) -> Batch:
+        return batch | {"x": batch["x"] + 0.1 * batch["random"].normal("noise", 8)}
+
+
+def config(**changes: object) -> Config:
+    """A configuration with dotted changes: config(**{"batch.accumulate": 2})."""
+    made = Config()
+    made.run.max_epochs = 2
+    made.batch.micro_batch_size = 4
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        target = getattr(made, section) if section else made
+        assert hasattr(target, name), key
+        setattr(target, name, value)
+    return made
