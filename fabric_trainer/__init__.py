@@ -6,6 +6,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Agree": "faults",
     "Batch": "task",
     "EMA": "ema",
     "Loss": "task",
@@ -15,6 +16,7 @@ _HOME = {
     "Shuffled": "order",
     "Task": "task",
     "Config": "config",
+    "accumulating": "loop",
     "clip_gradients": "clip",
     "evaluate": "evaluate",
     "fit": "loop",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class Boundary:
         self.measured_at = -1  # the window after which they were measured
         self.now = self._resumed_clock()
         self.marks = {name: every.after(self.now) for name, every in self.every.items()}  # when each is due next
+        self._set_soonest()
         if state.owes_evaluation:
             self.evaluate()
             self.save()
@@ -56,12 +58,19 @@ class Boundary:
         if self.checkpoints is not None:
             self.checkpoints.check()
         state = self.state
-        self.now = Clock(
-            state.counters.step + state.guard.unsettled,
-            span.epoch + span.stop / state.order.plan.length(span.epoch),
-            minutes,
-        )
-        return span.last or self.now.steps == state.steps or state.stopped != 0 or bool(self._reached())
+        steps = state.counters.step + state.guard.unsettled
+        epochs = span.epoch + span.stop / state.order.plan.length(span.epoch)
+        soonest = self._soonest
+        if not (
+            span.last
+            or state.stopped
+            or steps >= soonest["steps"]
+            or epochs >= soonest["epochs"]
+            or minutes >= soonest["minutes"]
+        ):
+            return False
+        self.now = Clock(steps, epochs, minutes)
+        return True
 
     def act(self, span: Span) -> None:
         """Do what is due after the window; its update is settled by now."""
@@ -70,6 +79,7 @@ class Boundary:
         due = self._reached()
         for name in due:
             self.marks[name] = self.every[name].after(self.now)
+        self._set_soonest()
         finished = state.finished
         if finished:
             state.stopped = 0
@@ -87,6 +97,13 @@ class Boundary:
 
     def _reached(self) -> set[str]:
         return {name for name, mark in self.marks.items() if self.every[name].reached(mark, self.now)}
+
+    def _set_soonest(self) -> None:
+        """The first mark of each unit: all that an ordinary update has to be compared with."""
+        self._soonest = {"steps": float(self.state.steps), "epochs": math.inf, "minutes": math.inf}
+        for name, mark in self.marks.items():
+            unit = self.every[name].unit
+            self._soonest[unit] = min(self._soonest[unit], mark - 1e-9)
 
     def end_epoch(self, epoch: int) -> None:
         """The exact means of the epoch's training losses."""
@@ -135,7 +152,7 @@ class Boundary:
         )
         if self.checkpoints is not None:
             metrics = self.metrics if self.measured_at == state.counters.window else {}
-            path = self.checkpoints.save(tree, tree["counters"] | {"epoch": self.now.epochs}, metrics, keep)
+            path = self.checkpoints.save(tree, tree["counters"] | {"epoch": int(self.now.epochs + 1e-9)}, metrics, keep)
             self.fabric.call("on_checkpoint_saved", state=state, metrics=metrics, path=path)
 
     def finish(self) -> None:

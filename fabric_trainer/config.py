@@ -265,9 +265,11 @@ class Command:
 def parse(argv: Sequence[str]) -> tuple[Command, Config]:
     """The command and its configuration. Raises InputError; ``--help`` and ``--print_config`` print and exit 0."""
     flags, rest = _command_parser().parse_known_args(list(argv))
+    parser = _config_parser()
+    if {"-h", "--help"} & set(rest):
+        parser.parse_args(["--help"])
     if not Path(flags.config).is_file():
         raise InputError(f"--config {flags.config}: there is no such file")
-    parser = _config_parser()
     config = _dataclass(parser, parser.parse_args([f"--config={flags.config}", *rest]))
     given = {arg[2:].split("=")[0].rstrip("+") for arg in rest if arg.startswith("--")}
     return Command(**vars(flags), given=frozenset(given)), config

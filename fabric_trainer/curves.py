@@ -107,7 +107,7 @@ def draw(
         )  # fmt: skip
         bad, _ = thin(line.x, np.where(np.isfinite(line.y), np.nan, 0.0), 200)
         axes.plot(bad, np.full(len(bad), 0.02), "x", color=RED, markersize=5, transform=axes.get_xaxis_transform())
-    if scale == "log" or scale == "auto" and wants_log(np.concatenate([line.y for line in lines])):
+    if scale == "log" or (scale == "auto" and wants_log(np.concatenate([line.y for line in lines]))):
         axes.set_yscale("log")
     elif zero:
         axes.set_ylim(bottom=0)

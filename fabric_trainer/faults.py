@@ -36,7 +36,7 @@ class Agree:
         if fabric.world_size > 1:
             self.group = torch.distributed.new_group(backend="gloo")  # type: ignore[assignment]
 
-    def __call__(self, weight: float, stop: int, minutes: float) -> Agreement:
+    def __call__(self, weight: float, stop: int = 0, minutes: float = 0.0) -> Agreement:
         if self.group is None:
             return Agreement(weight, stop, minutes)
         numbers = [weight, stop == INTERRUPTED, stop == TRY_AGAIN, minutes if self.is_zero else 0.0]

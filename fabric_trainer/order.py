@@ -136,7 +136,7 @@ def rescaled(saved: dict[str, Any], batch: BatchConfig, world_size: int, given: 
     old = _effective(saved["accumulate"], saved["micro_batch_size"] * saved["world_size"])
     micro = batch.micro_batch_size
     here = _effective(resolve_accumulate(batch, world_size), micro * world_size)
-    there = old if batch.global_batch_size else _effective(batch.accumulate, micro * saved["world_size"])
+    there = batch.global_batch_size or _effective(batch.accumulate, micro * saved["world_size"])
     if here != old and (given or there != old):
         raise InputError(f"batch.*: the run has an effective batch of {old}, this makes {here}; a resume keeps it")
     if isinstance(old, int):

@@ -11,7 +11,8 @@ import numpy as np
 from fabric_trainer.curves import Line
 
 STYLE = """
-:root { color: #0f172a; background: #fff; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+:root { color: #0f172a; background: #fff;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 * { box-sizing: border-box; }
 body { margin: 0; }
 main { max-width: 1120px; margin: 0 auto; padding: 3.5rem 2rem 4rem; }
@@ -22,7 +23,7 @@ section { margin-top: 3rem; }
 .facts { display: flex; flex-wrap: wrap; gap: 1.25rem 3rem; margin: 2rem 0 0; padding: 1.25rem 0;
   border: solid #e2e8f0; border-width: 1px 0; }
 .facts dt { color: #64748b; font-size: 0.8rem; }
-.facts dd { margin: 0; font-size: 1.35rem; font-weight: 600; letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
+.facts dd { margin: 0; font-size: 1.35rem; font-weight: 600; letter-spacing: -0.01em; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.45rem 0; border-bottom: 1px solid #e2e8f0; text-align: left; font-weight: 400; }
 td, thead th + th { text-align: right; padding-left: 3rem; }
@@ -73,6 +74,18 @@ def section(title: str, figures: Sequence[str]) -> str:
         return ""
     inner = "\n".join(figures)
     return f'<section>\n<h2>{escape(title)}</h2>\n<div class="grid">\n{inner}\n</div>\n</section>'
+
+
+def table(title: str, headings: Sequence[str], rows: Sequence[str]) -> str:
+    """A heading and a table of ready <tr> rows; nothing without rows."""
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+    body = "\n".join(rows)
+    return (
+        f"<section>\n<h2>{escape(title)}</h2>\n<table>\n<thead><tr>{head}</tr></thead>\n"
+        f"<tbody>\n{body}\n</tbody>\n</table>\n</section>"
+    )
 
 
 def curve(title: str, lines: Sequence[Line], svg: str, wide: bool = False) -> str:

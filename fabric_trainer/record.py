@@ -19,6 +19,9 @@ from fabric_trainer.task import Loss
 from fabric_trainer.window import Window
 
 
+NO_NORM = torch.zeros(())
+
+
 @dataclass(slots=True)
 class Update:
     """What an update leaves to be logged. Tensors stay where they are."""
@@ -27,7 +30,7 @@ class Update:
     weight: float  # of the whole window, over all ranks
     names: tuple[str, ...] = ()
     sums: list[Tensor] = field(default_factory=list)  # this rank's, len(names) per micro-batch
-    norm: Tensor = field(default_factory=lambda: torch.zeros(()))
+    norm: Tensor = NO_NORM
     rates: dict[str, float] = field(default_factory=dict)
     step: int = 0  # set once it is known to be applied
     samples: int = 0
@@ -54,9 +57,9 @@ class Record(AbstractContextManager["Record"]):
             self.progress = Progress(state.steps, state.counters.step)
             if folder is not None:
                 self.loggers = Loggers.build(folder, state.config, folder.name)
-                if state.counters.window:
-                    self.loggers.cut_back(state.counters.step)
-                    state.history.write(folder)
+                # also at step 0: the run may have been killed before its first checkpoint
+                self.loggers.cut_back(state.counters.step)
+                state.history.write(folder)
 
     def __exit__(self, *_: object) -> None:
         self.loggers.close()

@@ -18,14 +18,14 @@ import yaml
 from fabric_trainer.curves import BLUE, COLORS, GREY, ORANGE, Line, draw, number, read_metrics, smooth
 from fabric_trainer.files import write_atomically
 from fabric_trainer.history import History, read_history
-from fabric_trainer.page import curve, details, image, page, section
+from fabric_trainer.page import curve, details, image, page, section, table
 from fabric_trainer.progress import duration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # a larger one is better; anything else is taken for a loss or an error. The table shows which way was taken
-HIGHER = re.compile(r"acc|auc|auroc|auprc|f1|precision|recall|psnr|ssim|iou|dice|score|corr|mcc|(^|_)(r2|map|top\d*)(_|$)")
+HIGHER = re.compile(r"acc|au(c|roc|prc)|f1|precision|recall|psnr|ssim|iou|dice|score|corr|(^|_)(r2|map|top\d*)(_|$)")
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,6 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-# ---- the top ------------------------------------------------------------------------------------------------------
-
-
 def _header(run: _Run) -> str:
     task = (run.config.get("task") or {}).get("path", "")
     parts = [task, str(run.environment.get("started", "")).replace("T", " ").replace("+00:00", " UTC")]
@@ -158,10 +155,7 @@ def _table(run: _Run) -> str:
             f'<tr><th scope="row">{escape(name)} <small title="{direction}">{"↑" if higher else "↓"}</small></th>'
             f"<td>{number(values[-1])}</td>{best}</tr>"
         )
-    if not rows:
-        return ""
-    head = "<tr>" + "".join(f'<th scope="col">{name}</th>' for name in ("metric", "last", "best", "at step")) + "</tr>"
-    return f'<section>\n<h2>Metrics</h2>\n<table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>\n</section>'
+    return table("Metrics", ("metric", "last", "best", "at step"), rows)
 
 
 def _evaluations(history: History) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -181,9 +175,6 @@ def _higher(name: str, config: dict[str, Any]) -> bool:
     if name == checkpoint.get("monitor"):
         return checkpoint.get("mode") == "max"
     return HIGHER.search(name.partition("/")[2].lower()) is not None
-
-
-# ---- the curves ---------------------------------------------------------------------------------------------------
 
 
 def _training_names(run: _Run) -> list[str]:
@@ -255,9 +246,6 @@ def _steps(run: _Run) -> np.ndarray:
     """The x-axis: float64 (rows,)."""
     rows = len(next(iter(run.metrics.values()), ()))
     return run.metrics.get("step", np.arange(1.0, rows + 1))
-
-
-# ---- the rest -----------------------------------------------------------------------------------------------------
 
 
 def _pictures(folder: Path) -> list[str]:

@@ -52,7 +52,11 @@ def open_folder(choice: Choice, command: Command, config: Config, environment: d
     """Make the folder and write config.yaml, environment.json and the status; on rank 0."""
     choice.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(choice.folder / "config.yaml", to_yaml(config))
-    write_atomically(choice.folder / "environment.json", json.dumps(environment, indent=1))
+    path = choice.folder / "environment.json"
+    if path.is_file():  # a resume: what the run began with stays on record
+        before = json.loads(path.read_text())
+        environment = environment | {"earlier": [*before.pop("earlier", []), before]}
+    write_atomically(path, json.dumps(environment, indent=1))
     set_status(choice.folder, "running", command.config_name)
 
 

@@ -35,7 +35,7 @@ def make_fabric(config: FabricConfig, callbacks: list[Any] | None = None) -> Fab
     count = (devices if isinstance(devices, int) else len(devices)) * num_nodes
     if strategy == "single" and count > 1:
         raise InputError(f"fabric.strategy: single is for one device, not {count}")
-    for name in ("LT_ACCELERATOR", "LT_STRATEGY", "LT_PRECISION", "LT_DEVICES", "LT_NUM_NODES"):
+    for name in ("LT_ACCELERATOR", "LT_STRATEGY", "LT_PRECISION", "LT_DEVICES", "LT_NUM_NODES", "LT_CLI_USED"):
         os.environ.pop(name, None)  # resolved here: Fabric would compare them with its own names
     return Fabric(
         accelerator=accelerator,

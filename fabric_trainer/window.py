@@ -37,11 +37,11 @@ class MicroBatches(Dataset[Batch]):
 
     def __init__(self, task: Task, dataset: Dataset[Any], seed: int, training: bool) -> None:
         self.task, self.dataset, self.seed, self.training = task, dataset, seed, training
+        self.fetch = getattr(dataset, "__getitems__", None)
 
     def __getitem__(self, rows: Rows) -> Batch:
-        fetch = getattr(self.dataset, "__getitems__", None)
         index = rows.index.tolist()
-        samples = fetch(index) if fetch else [self.dataset[i] for i in index]
+        samples = self.fetch(index) if self.fetch else [self.dataset[i] for i in index]
         batch = samples if isinstance(samples, dict) else self.task.collate(samples)
         if not isinstance(batch, dict):
             raise TypeError(f"a batch must be a dict of tensors; {type(self.dataset).__name__} gave {type(batch)}")

@@ -252,9 +252,9 @@ def test_wandb_missing_is_an_input_error(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_nothing_imports_wandb_unasked(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from fabric_trainer.config import Config\n"
+        "import sys; from pathlib import Path; from fabric_trainer.config import Config, LoggersConfig\n"
         "from fabric_trainer.loggers import Loggers\n"
-        f"loggers = Loggers.build(Path({str(tmp_path)!r}), Config(), 'r')\n"
+        f"loggers = Loggers.build(Path({str(tmp_path)!r}), Config(loggers=LoggersConfig(tensorboard=False)), 'r')\n"
         "loggers.log_updates([{'step': 1, 'a': 1.0}]); loggers.close()\n"
         "assert 'wandb' not in sys.modules"
     )

@@ -1,4 +1,4 @@
-"""Small tasks that the tests train; everything that makes a resume hard is in ``Noisy``."""
+"""A small task that the tests train."""
 
 from __future__ import annotations
 
@@ -28,29 +28,24 @@ class Points(torch.utils.data.Dataset):
 class Regression(Task):
     """A two-layer network, squared error, a sum over samples."""
 
-    def __init__(self, samples: int = 50, dropout: float = 0.0, batch_norm: bool = False) -> None:
-        self.samples, self.dropout, self.batch_norm = samples, dropout, batch_norm
+    def __init__(
+        self, samples: int = 50, dropout: float = 0.0, batch_norm: bool = False, width: int = 16
+    ) -> None:
+        self.samples, self.dropout, self.batch_norm, self.width = samples, dropout, batch_norm, width
 
     def dataset(self, split: str) -> Points | None:
         return {"train": Points(self.samples, 0), "val": Points(23, 1)}.get(split)
 
     def network(self) -> nn.Module:
-        middle = [nn.BatchNorm1d(16)] if self.batch_norm else []
-        return nn.Sequential(nn.Linear(8, 16), *middle, nn.Tanh(), nn.Dropout(self.dropout), nn.Linear(16, 2))
+        width = self.width
+        middle = [nn.BatchNorm1d(width)] if self.batch_norm else []
+        return nn.Sequential(
+            nn.Linear(8, width), *middle, nn.Tanh(), nn.Dropout(self.dropout), nn.Linear(width, 2)
+        )
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
         error = (network(batch["x"]) - batch["y"]).square().sum(1)
         return Loss((error * batch["weight"]).sum(), {"abs": (error.detach().sqrt() * batch["weight"]).sum()})
-
-
-class Noisy(Regression):
-    """Dropout, BatchNorm and per-sample augmentation on top."""
-
-    def __init__(self, samples: int = 50, width: int = 16) -> None:
-        super().__init__(samples, dropout=0.2, batch_norm=True)
-
-    def augment(self, batch: Batch) -> Batch:
-        return batch | {"x": batch["x"] + 0.1 * batch["random"].normal("noise", 8)}
 
 
 def config(**changes: object) -> Config:

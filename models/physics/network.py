@@ -54,7 +54,7 @@ class PhysicsNetwork(nn.Module):
         states = u0 if u1 is None else torch.cat((u0, u1))
         latents = self.encoder(((states - self.field_mean) / self.field_std)[:, None, None])
         z0 = latents[: len(u0)]
-        z1 = z0 + self.latent_change * (self.operator(z0, self.dt) - z0)
+        z1 = z0 + getattr(self,'boost',1) * self.latent_change * (self.operator(z0, self.dt) - z0)
         out = {"z0": z0, "z1": z1}
         asked = [latents, z1] if predict else [latents]
         decoded = self._decode(torch.cat(asked), points, u0.shape[1])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import lightning
@@ -62,7 +62,13 @@ CASES = (
 )
 
 
-def batches(case: Case, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def squared_error(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The loss of all three loops: a sum over samples, of which those of weight 0 count nothing."""
+    return F.mse_loss(output, target, reduction="none").flatten(1).mean(1) @ weight
+
+
+def batches(case: Case, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled epochs, without end."""
     while True:
         order = torch.randperm(case.samples)
         for start in range(0, case.samples, case.batch):
@@ -73,6 +79,7 @@ def batches(case: Case, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def hand_written(case: Case) -> float:
     """Seconds per update of plain torch."""
     x, y = case.data()
+    weight = torch.ones(case.batch)
     network = case.network()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     for step, (inputs, targets) in enumerate(batches(case, x, y)):
@@ -80,7 +87,7 @@ def hand_written(case: Case) -> float:
             start = time.perf_counter()
         if step == WARMUP + case.updates:
             return (time.perf_counter() - start) / case.updates
-        loss = F.mse_loss(network(inputs), targets)
+        loss = squared_error(network(inputs), targets, weight) / case.batch
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP)
         optimizer.step()
@@ -91,6 +98,7 @@ def hand_written(case: Case) -> float:
 def bare_fabric(case: Case) -> float:
     """Seconds per update of Fabric's own idiom."""
     x, y = case.data()
+    weight = torch.ones(case.batch)
     fabric = Fabric(accelerator="cpu", devices=1)
     fabric.launch()
     module = case.network()
@@ -101,7 +109,7 @@ def bare_fabric(case: Case) -> float:
         if step == WARMUP + case.updates:
             return (time.perf_counter() - start) / case.updates
         with fabric.no_backward_sync(network, enabled=False):
-            loss = F.mse_loss(network(inputs), targets)
+            loss = squared_error(network(inputs), targets, weight) / case.batch
             fabric.backward(loss)
         fabric.clip_gradients(network, optimizer, max_norm=CLIP)
         optimizer.step()
@@ -133,8 +141,7 @@ class Regression(Task):
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
         self.times.append(time.perf_counter())
-        error = F.mse_loss(network(batch["x"]), batch["y"], reduction="none")
-        return Loss(error.flatten(1).mean(1) @ batch["weight"])
+        return Loss(squared_error(network(batch["x"]), batch["y"], batch["weight"]))
 
 
 def ours(case: Case) -> float:
