@@ -10,7 +10,7 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -142,8 +142,8 @@ class FabricConfig:
     """Machines."""
     strategy: str = "auto"
     """auto, single or ddp."""
-    precision: str = "32-true"
-    """32-true, 16-mixed, bf16-mixed, bf16-true or 64-true."""
+    precision: str = "auto"
+    """32-true (which auto means), 16-mixed, bf16-mixed, bf16-true or 64-true."""
 
 
 @dataclass
@@ -288,6 +288,23 @@ def check(config: Config) -> None:
     _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
     _at_least("data.num_workers", config.data.num_workers, 0)
     _at_least("seed", config.seed, 0)
+    _at_least("fabric.num_nodes", config.fabric.num_nodes, 1)
+    _at_least("schedule.warmup", config.schedule.warmup, 0)
+    _at_least("schedule.every", config.schedule.every, 1)
+    _at_least("schedule.patience", config.schedule.patience, 0)
+    _at_least("faults.budget", config.faults.budget, 0)
+    _at_least("checkpoint.top_k", config.checkpoint.top_k, 0)
+    for key, length in (
+        ("run.max_epochs", config.run.max_epochs),
+        ("run.max_steps", config.run.max_steps),
+        ("batch.global_batch_size", config.batch.global_batch_size),
+        ("evaluate.micro_batch_size", config.evaluate.micro_batch_size),
+    ):
+        if length is not None:
+            _at_least(key, length, 1)
+    for key, limit in (("norm", config.clip.norm), ("value", config.clip.value), ("p", config.clip.p)):
+        if limit is not None and not limit > 0:
+            raise InputError(f"clip.{key} must be above 0, not {limit}")
     for section, value in (("evaluate.every", config.evaluate.every), ("checkpoint.every", config.checkpoint.every)):
         _interval(section, value)
     if config.checkpoint.keep_every is not None:
@@ -300,6 +317,8 @@ def check(config: Config) -> None:
         raise InputError("schedule.name: plateau follows checkpoint.monitor, which is not set")
     if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
         raise InputError(f"ema.decay must be at least 0 and below 1, not {config.ema.decay}")
+    if config.batch.global_batch_size is not None and config.batch.accumulate != 1:
+        raise InputError("batch.accumulate and batch.global_batch_size are both set: one follows from the other")
     try:
         check_accumulate(config.batch.accumulate)
     except ValueError as error:
@@ -308,7 +327,7 @@ def check(config: Config) -> None:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration, every key, as YAML."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
+    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -325,6 +344,18 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def data_root(config: Config) -> Path:
     """data.root, else $FABRIC_TRAINER_DATA, else ~/.cache/fabric_trainer."""
     return Path(config.data.root or os.environ.get("FABRIC_TRAINER_DATA") or "~/.cache/fabric_trainer").expanduser()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text such as 1e3, which jsonargparse reads as a number and PyYAML does not."""
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    number = re.fullmatch(r"[-+]?[0-9._]+[eE][-+]?[0-9]+", text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if number else None)
+
+
+_Dumper.add_representer(str, _quoted)
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -365,6 +396,9 @@ def _command_parser() -> argparse.ArgumentParser:
 
 def _dataclass(parser: _Parser, namespace: jsonargparse.Namespace) -> Config:
     namespace.pop("config", None)
+    for section in fields(Config):
+        if is_dataclass(section.default_factory) and not isinstance(namespace[section.name], jsonargparse.Namespace):
+            raise InputError(f"{section.name}: is a section of keys, not {namespace[section.name]!r}")
     config = Config(**vars(parser.instantiate(namespace)))
     check(config)
     return config

@@ -21,6 +21,10 @@ class EMA:
     def __init__(self, network: nn.Module, decay: float, warmup: bool = True) -> None:
         self.network, self.decay, self.warmup = network, decay, warmup
         self._names = [name for name, _ in network.named_parameters()]
+        places = {id(parameter): place for place, parameter in enumerate(network.parameters())}
+        # tied weights have one average and several names
+        named = network.named_parameters(remove_duplicate=False)
+        self._place = {name: places[id(parameter)] for name, parameter in named}
         self._parameters = [parameter.detach() for parameter in network.parameters()]
         self._averages = [_wide(parameter).clone() for parameter in self._parameters]
 
@@ -46,7 +50,7 @@ class EMA:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The network's state dict, by the network's own names, with the averages in place of the parameters."""
-        averages = dict(zip(self._names, self._averages, strict=True))
+        averages = {name: self._averages[place] for name, place in self._place.items()}
         return {name: averages.get(name, value) for name, value in self.network.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

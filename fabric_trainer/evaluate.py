@@ -11,6 +11,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fabric_trainer.errors import InputError
 from fabric_trainer.order import Order, Sequential
 from fabric_trainer.random import mixed, seed_torch
 from fabric_trainer.task import Task
@@ -36,6 +37,8 @@ class Split:
         limit_batches: int | None = None,
     ) -> None:
         plan = Sequential(len(dataset))  # type: ignore[arg-type]
+        if plan.samples == 0:
+            raise InputError(f"{type(task).__name__} has an evaluation split without samples; return None instead")
         order = Order(plan, micro_batch_size, 1, fabric.world_size, fabric.global_rank)
         spans = map(order.span, range(min(order.first_window(1), limit_batches or plan.samples)))
         rows = [rows for span in spans for rows in order.micro_batches(span)]

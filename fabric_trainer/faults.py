@@ -70,7 +70,8 @@ class StopSignals:
     def _request(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.stop == INTERRUPTED:
             os._exit(INTERRUPTED)
-        self.stop = INTERRUPTED if number == signal.SIGINT else TRY_AGAIN
+        if self.stop != INTERRUPTED:  # a person's wish outranks the scheduler's
+            self.stop = INTERRUPTED if number == signal.SIGINT else TRY_AGAIN
         name = signal.Signals(number).name
         sys.stderr.write(f"{name}: finishing this update, saving, and leaving with code {self.stop}\n")
 
@@ -110,6 +111,7 @@ class Guard:
         norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self._statistics = [buffer for module in norms for buffer in module.buffers()]
         self._statistics_before = [buffer.clone() for buffer in self._statistics]
+        self._started = False  # every buffer of the optimizer is there
         self._pending: Tensor | bool | None = None
         self._norm: Tensor = torch.zeros(())
 
@@ -122,7 +124,8 @@ class Guard:
         """Step with the present gradients, whose norm is ``norm``, unless it isn't finite. Raises BadGradientError
         where the configuration says so. ``settle`` tells what happened."""
         self._norm = norm
-        if self.on_device:
+        self._started = self._started or not self._lacks_momentum()
+        if self.on_device and self._started:
             flag = norm.isfinite().logical_not_()
             self.bare.found_inf, self.bare.grad_scale = flag.float(), None  # type: ignore[attr-defined]
             self.optimizer.step()
@@ -134,6 +137,7 @@ class Guard:
                 self._copied = torch.cuda.Event()
                 self._copied.record()
             return
+        self.bare.found_inf = None  # type: ignore[attr-defined]  # of an earlier step
         value = norm.item()
         bad = not math.isfinite(value)
         if bad and self.config.nonfinite == "raise" and self.scaler is None:
@@ -143,6 +147,18 @@ class Guard:
         if bad and self._statistics:
             torch._foreach_copy_(self._statistics, self._statistics_before)
         self._pending = bad
+
+    def _lacks_momentum(self) -> bool:
+        """Whether this is SGD's first step with momentum: its fused kernel makes the buffers uninitialised and, where
+        the flag refuses the step, leaves them so. Then the host decides."""
+        if not isinstance(self.bare, torch.optim.SGD):
+            return False
+        state, groups = self.bare.state, [group for group in self.bare.param_groups if group["momentum"]]
+        return any(
+            parameter.grad is not None and (parameter not in state or state[parameter].get("momentum_buffer") is None)
+            for group in groups
+            for parameter in group["params"]
+        )
 
     @property
     def unsettled(self) -> bool:

@@ -28,6 +28,8 @@ def build_optimizer(network: nn.Module, config: OptimConfig, device_type: str, s
     """
     cls = optimizer_class(config.name)
     accepted = inspect.signature(cls).parameters
+    if own := sorted({"lr", "weight_decay"} & set(config.args)):
+        raise InputError(f"optim.args: give {own[0]} as optim.{own[0]}")
     arguments: dict[str, Any] = {"lr": config.lr, **config.args}
     if unknown := sorted(set(arguments) - set(accepted)):
         known = ", ".join(name for name in accepted if name != "params")

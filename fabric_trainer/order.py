@@ -95,14 +95,19 @@ def accumulation(accumulate: Accumulate, window: int, epoch: int) -> int:
 
 def check_accumulate(accumulate: Any) -> None:
     """Raise ValueError, with what would be right, unless ``accumulate`` is one of its three forms."""
-    if isinstance(accumulate, int) and accumulate >= 1:
+    if _whole(accumulate, 1):
         return
     right = "an int >= 1, {window: {0: 8, 500: 4}} or {epoch: {0: 8, 5: 4}}"
     if not isinstance(accumulate, dict) or set(accumulate) not in ({"window"}, {"epoch"}):
         raise ValueError(f"batch.accumulate must be {right}, not {accumulate}")
     (steps,) = accumulate.values()
-    if not isinstance(steps, dict) or 0 not in steps or any(k < 0 or v < 1 for k, v in steps.items()):
+    whole = isinstance(steps, dict) and all(_whole(k, 0) and _whole(v, 1) for k, v in steps.items())
+    if not whole or 0 not in steps:
         raise ValueError(f"batch.accumulate must be {right}, starting at 0, not {accumulate}")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def resolve_accumulate(batch: BatchConfig, world_size: int) -> Accumulate:
@@ -204,9 +209,7 @@ class Order:
             filler = self._indices(span.epoch)[span.start]
             index = np.concatenate([index, np.full(rows - len(index), filler)])
         size = self.micro_batch_size
-        return [
-            Rows(span.epoch, index[i : i + size], weight[i : i + size]) for i in range(0, rows, size)
-        ]
+        return [Rows(span.epoch, index[i : i + size], weight[i : i + size]) for i in range(0, rows, size)]
 
     def micro_batch_count(self, span: Span) -> int:
         """How many micro-batches ``micro_batches(span)`` has: the same on every rank."""

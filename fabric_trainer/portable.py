@@ -36,10 +36,16 @@ def load_optimizer_state(optimizer: Optimizer, network: nn.Module, saved: dict[s
     foreign = sorted(set(saved["state"]) - set(own))
     if foreign:
         raise InputError(f"the checkpoint's optimizer has state for {_some(foreign)}, which this one doesn't train")
+    on_device = {
+        names[id(parameter)]: bool(group.get("fused") or group.get("capturable"))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     optimizer.state.clear()
     for name, values in saved["state"].items():
-        optimizer.state[parameters[name]] = {
-            key: _placed(key, value, parameters[name]) for key, value in values.items()
+        parameter = parameters[name]
+        optimizer.state[parameter] = {
+            key: _placed(value, parameter, key != "step" or on_device[name]) for key, value in values.items()
         }
 
 
@@ -61,12 +67,11 @@ def load_network_state(network: nn.Module, saved: dict[str, Tensor], source: str
     network.load_state_dict(saved)
 
 
-def _placed(key: str, value: Any, parameter: Tensor) -> Any:
-    """A saved value where the optimizer would keep it: torch's step counters stay on the host unless fused."""
+def _placed(value: Any, parameter: Tensor, on_device: bool) -> Any:
+    """A copy where the optimizer would keep it: torch's step counters stay on the host unless its kernel reads them."""
     if not isinstance(value, Tensor):
         return value
-    on_host = key == "step" and value.ndim == 0 and parameter.device.type == "cpu"
-    return value.clone() if on_host else value.to(parameter.device, copy=True)
+    return value.to(parameter.device, copy=True) if on_device else value.clone()
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,6 @@ from fabric_trainer.state import State
 from fabric_trainer.task import Loss
 from fabric_trainer.window import Window
 
-
 NO_NORM = torch.zeros(())
 
 

@@ -33,8 +33,9 @@ def _form(config: ScheduleConfig, total: int) -> Share:
         return lambda step: _cosine(1.0, final, step / total)
     if config.name == "one_cycle":
         top = max(1.0, config.peak * total)
+        rest = max(total - top, 1e-9)  # nothing is left after a peak at the end
         return lambda step: (
-            _cosine(config.start, 1.0, step / top) if step < top else _cosine(1.0, final, (step - top) / (total - top))
+            _cosine(config.start, 1.0, step / top) if step < top else _cosine(1.0, final, (step - top) / rest)
         )
     if config.name == "step":
         return lambda step: factor ** (step // config.every)

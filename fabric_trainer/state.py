@@ -92,6 +92,8 @@ class State:
         self.module: nn.Module = task.network()
         precision = fabric.strategy.precision
         self.scaler = getattr(precision, "scaler", None)
+        # before the optimizer: some (Adagrad) make their state at once, and Fabric moves only the network
+        precision.convert_module(self.module).to(fabric.device)
         optimizer = build_optimizer(self.module, config.optim, fabric.device.type, scaled=self.scaler is not None)
         self.network, self.optimizer = fabric.setup(self.module, optimizer)
         self.bare_optimizer = optimizer
@@ -213,7 +215,6 @@ class State:
         self.history.load_state_dict(states["history"])
         self.owes_evaluation = states["owes_evaluation"]
 
-
     def load_weights(self, saved: dict[str, Any]) -> None:
         """The weights and their average alone, strict; an average that was not kept starts at the weights."""
         load_network_state(self.module, saved["model"], "the checkpoint")
@@ -226,5 +227,3 @@ def _require(task: Task, split: str) -> Dataset[Any]:
     if dataset is None or len(dataset) == 0:  # type: ignore[arg-type]
         raise InputError(f"{type(task).__name__} has no samples in its {split} split")
     return dataset
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fabric_trainer.errors import InputError
 
 STRATEGIES = ("auto", "single", "ddp")
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
-PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+PRECISIONS = {"auto": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 PRECISIONS |= {full: full for full in ("16-mixed", "bf16-mixed", "bf16-true", "32-true", "64-true")}
 
 
@@ -23,9 +24,10 @@ def make_fabric(config: FabricConfig, callbacks: list[Any] | None = None) -> Fab
     ``fabric run`` leaves its flags in LT_* variables: the launcher's number of processes is the world; its other
     flags must equal the configuration's, or meet ``auto`` there.
     """
-    accelerator = _agreed("accelerator", config.accelerator, "LT_ACCELERATOR")
+    aliases = {name: full for name, full in PRECISIONS.items() if name != "auto"}
+    accelerator = _agreed("accelerator", config.accelerator, "LT_ACCELERATOR", {"gpu": "cuda"})
     strategy = _agreed("strategy", config.strategy, "LT_STRATEGY")
-    precision = _agreed("precision", PRECISIONS.get(config.precision, config.precision), "LT_PRECISION")
+    precision = _agreed("precision", config.precision, "LT_PRECISION", aliases)
     _one_of("accelerator", accelerator, ACCELERATORS)
     _one_of("strategy", strategy, STRATEGIES)
     _one_of("precision", precision, tuple(PRECISIONS))
@@ -76,16 +78,16 @@ def device_problems(accelerator: str, devices: int | list[int], precision: str) 
     return problems
 
 
-def _agreed(key: str, configured: str, variable: str) -> str:
-    """The configured value, or the launcher's flag where the configuration leaves it open."""
+def _agreed(key: str, configured: str, variable: str, same: dict[str, str] = {}) -> str:  # noqa: B006  (read only)
+    """The configured value, or the launcher's flag where the configuration leaves it open; ``same`` has aliases."""
     launched = os.environ.get(variable)
-    if key == "precision" and launched is not None:
-        launched = PRECISIONS.get(launched, launched)
-    if launched in (None, "auto", configured):
+    if launched in (None, "auto") or same.get(launched, launched) == same.get(configured, configured):
         return configured
     if configured == "auto":
         return str(launched)
-    raise InputError(f"fabric.{key} is {configured}, the launcher's --{key} is {launched}: give one, or make them equal")
+    raise InputError(
+        f"fabric.{key} is {configured}, the launcher's --{key} is {launched}: give one, or make them equal"
+    )
 
 
 def _world(config: FabricConfig) -> tuple[int | list[int], int]:
@@ -109,13 +111,13 @@ def _devices(devices: int | str | list[int]) -> int | list[int]:
     if devices == "auto":
         return 1
     if isinstance(devices, str):
-        if not devices.lstrip("-").isdigit():
+        if not re.fullmatch(r"-?[0-9]+", devices):
             raise InputError(f"fabric.devices must be auto, -1, a number or a list, not {devices!r}")
         devices = int(devices)
     if devices == -1:
         return max(1, torch.cuda.device_count())
-    if devices == 0 or devices == []:
-        raise InputError(f"fabric.devices must name at least one device, not {devices}")
+    if devices == [] or (isinstance(devices, int) and devices < 1):
+        raise InputError(f"fabric.devices must name at least one device (-1: all), not {devices}")
     return devices
 
 

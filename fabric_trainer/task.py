@@ -36,8 +36,6 @@ class Loss(NamedTuple):
     logs: Mapping[str, Tensor] = {}
 
 
-
-
 class Task:
     """A training recipe. ``network``, ``dataset`` and ``loss`` are the ones to write; the rest has defaults.
 

@@ -70,9 +70,7 @@ def windows(
         yield Window(span, micro_batches, sum(float(task.weight(batch)) for batch in micro_batches))
 
 
-def loader(
-    micro_batches: MicroBatches, rows: Iterable[Rows], num_workers: int, pin_memory: bool
-) -> Iterable[Batch]:
+def loader(micro_batches: MicroBatches, rows: Iterable[Rows], num_workers: int, pin_memory: bool) -> Iterable[Batch]:
     """The batches of ``rows``, in order, prepared in worker processes where there are any; the workers stay for the
     next pass."""
     if num_workers == 0 and not pin_memory:

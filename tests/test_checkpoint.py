@@ -233,7 +233,7 @@ def test_names_take_counters_and_metrics():
     assert name == "operator-epoch=01-val_nrmse=0.1235.pt" or name == "operator-epoch=01-val_nrmse=0.1234.pt"
     assert checkpoint.file_name("{step}-{val/other}", counters, {}) == "7-nan.pt"
     assert "/" not in checkpoint.file_name("val/{step}", counters, {})
-    with pytest.raises(InputError, match="checkpoint.name"):
+    with pytest.raises(InputError, match=r"checkpoint\.name"):
         checkpoint.file_name("{step:q}", counters, {})
 
 

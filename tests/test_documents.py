@@ -42,7 +42,9 @@ def run(installed: Path, folder: Path, program: str, *arguments: str) -> str:
 
 def test_the_loop_of_the_readme(installed, tmp_path):
     (program,) = programs("README.md")
-    assert len([line for line in program.splitlines() if line.strip() and not line.startswith(("import", "from"))]) <= 20
+    assert (
+        len([line for line in program.splitlines() if line.strip() and not line.startswith(("import", "from"))]) <= 20
+    )
     losses = [float(value) for value in re.findall(r"loss ([\d.]+)", run(installed, tmp_path, program))]
     assert len(losses) >= 3 and losses[-1] < 0.05 * losses[0]
 

@@ -16,9 +16,7 @@ from fabric_trainer.checkpoint import load
 def plain_loop(fused: bool, steps: int = 10) -> tuple[dict, dict, list[float], list[float]]:
     """AdamW, clipping, accumulation of 3 x 4, cosine, EMA; 50 samples, so the fifth window of an epoch is ragged."""
     torch.manual_seed(42)
-    net = torch.nn.Sequential(
-        torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Dropout(0.0), torch.nn.Linear(16, 2)
-    )
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Dropout(0.0), torch.nn.Linear(16, 2))
     opt = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.0, fused=fused)
     ema = {name: p.detach().clone() for name, p in net.named_parameters()}
     data, step, losses, norms = Points(50, 0), 0, [], []

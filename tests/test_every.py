@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given, settings
@@ -41,7 +42,19 @@ def test_parse(text, count, unit):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "100", "steps", "0 steps", "0.0 epochs", "-1 steps", "1.5 steps", "1 hour", "1 epochs 2", "1e3 steps", "every"],
+    [
+        "",
+        "100",
+        "steps",
+        "0 steps",
+        "0.0 epochs",
+        "-1 steps",
+        "1.5 steps",
+        "1 hour",
+        "1 epochs 2",
+        "1e3 steps",
+        "every",
+    ],
 )
 def test_what_is_no_interval_is_answered_with_examples(text):
     with pytest.raises(ValueError) as caught:
@@ -65,7 +78,9 @@ def test_steps_fire_at_every_multiple_wherever_one_resumes(count, total, data):
 def epoch_clocks(lengths: list[int]) -> list[Clock]:
     """The clock after each window of epochs with so many windows each."""
     return [Clock()] + [
-        Clock(epochs=epoch + window / windows) for epoch, windows in enumerate(lengths) for window in range(1, windows + 1)
+        Clock(epochs=epoch + window / windows)
+        for epoch, windows in enumerate(lengths)
+        for window in range(1, windows + 1)
     ]
 
 
@@ -94,7 +109,7 @@ def test_fractions_fire_as_often_as_they_go_into_the_epochs(text, epochs, times,
     fired = walk(Every.parse(f"{text} epochs"), clocks)
     assert len(fired) == 20 * times
     if windows * float(text) % 1 == 0:
-        assert {b - a for a, b in zip(fired, fired[1:], strict=False)} == {round(windows * float(text))}
+        assert {b - a for a, b in pairwise(fired)} == {round(windows * float(text))}
 
 
 @settings(max_examples=100, deadline=None)
@@ -105,9 +120,7 @@ def test_minutes_fire_once_for_each_multiple_passed(strides, count, data):
         times.append(times[-1] + stride)
     assume(all(abs(t / count - round(t / count)) > 1e-6 for t in times[1:]))
     clocks, every = [Clock(minutes=t) for t in times], Every.parse(f"{count} minutes")
-    expected = [
-        i for i in range(1, len(times)) if math.floor(times[i] / count) > math.floor(times[i - 1] / count)
-    ]
+    expected = [i for i in range(1, len(times)) if math.floor(times[i] / count) > math.floor(times[i - 1] / count)]
     assert walk(every, clocks) == expected
     start = data.draw(st.integers(0, len(times) - 1))
     assert walk(every, clocks, start) == [number for number in expected if number > start]

@@ -23,8 +23,7 @@ from fabric_trainer.loggers import CsvLogger, Loggers, TensorBoardLogger
 def rows(first: int, last: int, session: int = 0) -> list[dict[str, float]]:
     """Updates ``first`` to ``last``; the loss tells the step and the session apart."""
     return [
-        {"step": s, "epoch": s // 4, "train/loss": s + session / 8, "grad_norm": 1 / s}
-        for s in range(first, last + 1)
+        {"step": s, "epoch": s // 4, "train/loss": s + session / 8, "grad_norm": 1 / s} for s in range(first, last + 1)
     ]
 
 
@@ -176,7 +175,8 @@ def test_tensorboard_reader_that_is_already_open_forgets_too(tmp_path: Path) -> 
     second.rename(tmp_path / "events.out.tfevents.99999999999")  # as if a second had passed
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
-        *((s, float(s)) for s in range(1, 5)), *((s, s + 0.125) for s in range(5, 8))
+        *((s, float(s)) for s in range(1, 5)),
+        *((s, s + 0.125) for s in range(5, 8)),
     ]
 
 

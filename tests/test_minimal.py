@@ -28,7 +28,14 @@ sys.meta_path.insert(0, Absent())
 def train(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     (tmp_path / "sitecustomize.py").write_text(BLOCK)
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "FABRIC_TRAINER_DATA": str(tmp_path / "data")}
-    command = [sys.executable, "train.py", "--config", "configs/burgers_tiny.yaml", "--run.root", str(tmp_path / "runs")]
+    command = [
+        sys.executable,
+        "train.py",
+        "--config",
+        "configs/burgers_tiny.yaml",
+        "--run.root",
+        str(tmp_path / "runs"),
+    ]
     return subprocess.run([*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 

@@ -7,15 +7,48 @@ import sys
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import nn
+from toys import Regression
+from toys import config as configured
 
+from fabric_trainer import fit
 from fabric_trainer.config import OptimConfig
 from fabric_trainer.errors import InputError
 from fabric_trainer.optim import build_optimizer, optimizer_class, parameter_groups
 
-TORCH = "Adadelta Adafactor Adagrad Adam AdamW Adamax ASGD Muon NAdam RAdam RMSprop Rprop SGD".split()
+TORCH = [
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "ASGD",
+    "Muon",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGD",
+]
 FUSED = {"Adagrad", "Adam", "AdamW", "SGD"}
-OTHERS = "AdaBelief AdaBound AdaMod AdamP DiffGrad Lamb LARS MADGRAD NovoGrad QHAdam Ranger SGDP SGDW Yogi".split()
+OTHERS = [
+    "AdaBelief",
+    "AdaBound",
+    "AdaMod",
+    "AdamP",
+    "DiffGrad",
+    "Lamb",
+    "LARS",
+    "MADGRAD",
+    "NovoGrad",
+    "QHAdam",
+    "Ranger",
+    "SGDP",
+    "SGDW",
+    "Yogi",
+]
 
 
 def network() -> nn.Module:
@@ -243,7 +276,20 @@ def test_the_fused_kernel_is_used_unless_it_cannot_or_must_not():
     assert fused(scaled=True, args={"fused": True}), "who asks for it gets it"
 
 
-def test_adagrads_fused_kernel_is_for_the_cpu_alone():
-    # torch.optim.Adagrad checks this at its first step: fused=True on CUDA raises there
-    assert build_optimizer(network(), OptimConfig("adagrad"), "cpu").param_groups[0]["fused"]
-    assert not build_optimizer(network(), OptimConfig("adagrad"), "cuda").param_groups[0]["fused"]
+class Wide(Regression):
+    def dataset(self, split):
+        points = super().dataset(split)
+        if points is not None:
+            points.x, points.y = points.x.double(), points.y.double()
+        return points
+
+
+@pytest.mark.parametrize("name", ["adagrad", "adamw"])
+def test_state_that_an_optimizer_makes_at_once_follows_the_weights(name):
+    # Adagrad makes its sums when it is built: they must have the dtype and device that Fabric gives the weights
+    fabric = Fabric(accelerator="cpu", devices=1, precision="64-true")
+    fabric.launch()
+    state = fit(fabric, Wide(), configured(**{"optim.name": name, "run.max_epochs": None, "run.max_steps": 2}))
+    assert state.counters.step == 2 and next(state.module.parameters()).dtype == torch.float64
+    for values in state.bare_optimizer.state.values():
+        assert {value.dtype for key, value in values.items() if key != "step"} == {torch.float64}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import zlib
+from itertools import pairwise
 
 import pytest
 import torch
@@ -63,7 +64,11 @@ def test_values_are_those_of_a_plain_python_splitmix64(seed, epoch, index, name,
     rows = SampleRandom(seed, epoch, torch.tensor(index))
     bits = [x for i in index for x in reference_bits(seed, epoch, i, name, math.prod(shape))]
     full = (len(index), *shape)
-    uniform, normal, integers = rows.uniform(name, *shape), rows.normal(name, *shape), rows.integers(name, -3, 7, *shape)
+    uniform, normal, integers = (
+        rows.uniform(name, *shape),
+        rows.normal(name, *shape),
+        rows.integers(name, -3, 7, *shape),
+    )
     assert uniform.shape == normal.shape == integers.shape == full
     assert (uniform.dtype, normal.dtype, integers.dtype) == (torch.float32, torch.float32, torch.int64)
     assert uniform.flatten().tolist() == [(x >> 40) * 2.0**-24 for x in bits]
@@ -83,7 +88,7 @@ def test_values_are_those_of_a_plain_python_splitmix64(seed, epoch, index, name,
 def test_a_sample_has_its_numbers_in_any_batch_split_and_order(order, cuts, kind):
     whole = getattr(SampleRandom(3, 2, torch.arange(40)), kind)("noise", 2, 3)
     edges = [0, *sorted(cuts), 40]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         piece = torch.tensor(order[start:stop], dtype=torch.int64)
         assert torch.equal(getattr(SampleRandom(3, 2, piece), kind)("noise", 2, 3), whole[piece])
 

@@ -28,9 +28,7 @@ class Points(torch.utils.data.Dataset):
 class Regression(Task):
     """A two-layer network, squared error, a sum over samples."""
 
-    def __init__(
-        self, samples: int = 50, dropout: float = 0.0, batch_norm: bool = False, width: int = 16
-    ) -> None:
+    def __init__(self, samples: int = 50, dropout: float = 0.0, batch_norm: bool = False, width: int = 16) -> None:
         self.samples, self.dropout, self.batch_norm, self.width = samples, dropout, batch_norm, width
 
     def dataset(self, split: str) -> Points | None:
@@ -39,9 +37,7 @@ class Regression(Task):
     def network(self) -> nn.Module:
         width = self.width
         middle = [nn.BatchNorm1d(width)] if self.batch_norm else []
-        return nn.Sequential(
-            nn.Linear(8, width), *middle, nn.Tanh(), nn.Dropout(self.dropout), nn.Linear(width, 2)
-        )
+        return nn.Sequential(nn.Linear(8, width), *middle, nn.Tanh(), nn.Dropout(self.dropout), nn.Linear(width, 2))
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
         error = (network(batch["x"]) - batch["y"]).square().sum(1)

@@ -23,7 +23,8 @@ def main() -> None:
         "seed": "of the initial conditions; other seeds give other trajectories",
     }
     for field in dataclasses.fields(Burgers):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=meaning[field.name])
+        kind, text = type(field.default), meaning[field.name]
+        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=text)
     arguments = vars(parser.parse_args())
     folder = arguments.pop("folder")
     try:

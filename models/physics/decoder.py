@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from models.physics.encoder import fourier
 
+_SHARPNESS = 3.0  # of the first attention; 1 takes several times as many updates to find a place
+
 
 class DecoderLayer(nn.Module):
     """Cross-attention from queries to tokens and a feed-forward net, each with its norm behind it."""
@@ -28,8 +30,11 @@ class DecoderLayer(nn.Module):
 class AnyPointDecoder(nn.Module):
     """Field values at query points, read from latent tokens by cross-attention.
 
-    dim: width of a token. fields: values per point. hidden, layers, heads, mlp: sizes. frequencies: of the queries'
-    position features, in periods per unit length; attention finds its place by those that the encoder has too.
+    Tokens are marked with their places by the same position features as queries, and keys start as the map that
+    queries have: so attention starts as a bump around the query's own place, instead of having to find it.
+
+    dim: width of a token. fields: values per point. hidden, layers, heads, mlp: sizes. frequencies: of the position
+    features, in periods per unit length.
     """
 
     def __init__(
@@ -48,11 +53,20 @@ class AnyPointDecoder(nn.Module):
         self.latent_proj = nn.Linear(dim, hidden)
         self.layers = nn.ModuleList(DecoderLayer(hidden, heads, mlp) for _ in range(layers))
         self.head = nn.Sequential(nn.Linear(hidden, mlp), nn.GELU(), nn.Linear(mlp, fields))
+        with torch.no_grad():
+            self.query_proj.weight.mul_(_SHARPNESS)
+            for layer in self.layers:
+                query, key, _ = layer.attn.in_proj_weight.chunk(3)
+                key.copy_(query)
 
-    def forward(self, points: Tensor, z: Tensor) -> Tensor:
-        """points: float (B, Q, 2), (x, y) in the unit square; z: (B, T, dim) -> (B, Q, fields)."""
-        queries = self.query_proj(torch.cat((points, fourier(points, self.frequencies)), -1))
-        tokens = self.latent_proj(z)
+    def forward(self, points: Tensor, z: Tensor, places: Tensor) -> Tensor:
+        """points: float (B, Q, 2), (x, y) in the unit square; z: (B, T, dim); places: (T, 2), where the tokens are,
+        as GridEncoder.places gives them -> (B, Q, fields)."""
+        queries = self._mark(points)
+        tokens = self.latent_proj(z) + self._mark(places)
         for layer in self.layers:
             queries = layer(queries, tokens)
         return self.head(queries)
+
+    def _mark(self, xy: Tensor) -> Tensor:
+        return self.query_proj(torch.cat((xy, fourier(xy, self.frequencies)), -1))

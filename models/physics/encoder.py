@@ -54,30 +54,41 @@ class GridEncoder(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, fields: Tensor) -> Tensor:
-        """float (B, C, H, W), H = 1 on a line -> float (B, tokens, dim). ValueError where patches don't fit."""
-        _, _, height, width = fields.shape
+        """float (B, C, H, W), H = 1 on a line -> (B, tokens, dim), in the weights' own precision: small differences
+        of latents are what the operator learns, so there is no autocast here. ValueError where patches don't fit."""
+        rows, columns = self._patches(*fields.shape[2:])
+        (ph, pw), (my, mx) = self.patch, self.margin
+        with torch.autocast(fields.device.type, enabled=False):
+            fields = fields.to(self.project.weight.dtype)
+            fields = fields + self.stem(fields)
+            padded = F.pad(fields, (mx, mx, my, my), mode="circular")
+            patches = padded.unfold(2, ph + 2 * my, ph).unfold(3, pw + 2 * mx, pw)  # (B, C, rows, columns, ph, pw)
+            patches = patches.permute(0, 1, 4, 5, 2, 3).reshape(len(fields), -1, rows * columns)
+            position = fourier(_centres(rows, columns, fields), self.frequencies).T.expand(len(fields), -1, -1)
+            pooled = F.adaptive_avg_pool1d(torch.cat((patches, position), 1), self.tokens)
+            # linear maps and means commute; in this order the map is applied to fewer places
+            return self.project(pooled.transpose(1, 2))
+
+    def places(self, height: int, width: int) -> Tensor:
+        """Where the tokens of a grid are: (tokens, 2), the mean (x, y) of their patches' centres."""
+        centres = _centres(*self._patches(height, width), self.project.weight)
+        return F.adaptive_avg_pool1d(centres.T[None], self.tokens)[0].T
+
+    def _patches(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = height // self.patch[0], width // self.patch[1]
         if (rows * self.patch[0], columns * self.patch[1]) != (height, width) or rows * columns < self.tokens:
             raise ValueError(
                 f"a grid of {height} x {width} points does not give {self.tokens} tokens "
                 f"of patches of {self.patch[0]} x {self.patch[1]}"
             )
-        fields = fields + self.stem(fields)
-        (ph, pw), (my, mx) = self.patch, self.margin
-        padded = F.pad(fields, (mx, mx, my, my), mode="circular")
-        patches = padded.unfold(2, ph + 2 * my, ph).unfold(3, pw + 2 * mx, pw)  # (B, C, rows, columns, ph, pw)
-        patches = patches.permute(0, 1, 4, 5, 2, 3).reshape(len(fields), -1, rows * columns)
-        position = self._position(rows, columns, fields).expand(len(fields), -1, -1)
-        pooled = F.adaptive_avg_pool1d(torch.cat((patches, position), 1), self.tokens)
-        # linear maps and means commute; in this order the map is applied to fewer places
-        return self.project(pooled.transpose(1, 2))
+        return rows, columns
 
-    def _position(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """sin and cos of 2 pi f x and 2 pi f y at the patches' centres: (4 x frequencies, rows x columns)."""
-        y = (torch.arange(rows, device=like.device, dtype=like.dtype) + 0.5) / rows
-        x = (torch.arange(columns, device=like.device, dtype=like.dtype) + 0.5) / columns
-        xy = torch.stack(torch.meshgrid(x, y, indexing="xy")).flatten(1)
-        return fourier(xy.T, self.frequencies).T
+
+def _centres(rows: int, columns: int, like: Tensor) -> Tensor:
+    """(x, y) of the cell centres of a grid of the unit square, row by row: (rows x columns, 2)."""
+    y = (torch.arange(rows, device=like.device, dtype=like.dtype) + 0.5) / rows
+    x = (torch.arange(columns, device=like.device, dtype=like.dtype) + 0.5) / columns
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
 
 
 def fourier(coordinates: Tensor, frequencies: Sequence[float]) -> Tensor:
