@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fabric_trainer.record import Record
 from fabric_trainer.state import State
 
 
-class Boundary:
+class Boundary(AbstractContextManager["Boundary"]):
     """Knows when something is due, and does it. ``metrics`` are those of the last evaluation.
 
     A resumed run first makes up for an evaluation that the stop left undone.
@@ -128,7 +129,10 @@ class Boundary:
         )
         self.record.metrics(self.metrics)
         self.record.settled()
-        self.record.print("  ".join(f"{name} {value:.6g}" for name, value in self.metrics.items()))
+        for split in dict.fromkeys(name.partition("/")[0] for name in self.metrics):
+            shown = {name: value for name, value in self.metrics.items() if name.startswith(f"{split}/")}
+            line = " · ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in shown.items())
+            self.record.print(f"{split} at step {counters.step} · {line}")
         self.fabric.call("on_evaluation_end", state=state, metrics=self.metrics)
         if monitor is None:
             return False
@@ -155,11 +159,16 @@ class Boundary:
             path = self.checkpoints.save(tree, tree["counters"] | {"epoch": int(self.now.epochs + 1e-9)}, metrics, keep)
             self.fabric.call("on_checkpoint_saved", state=state, metrics=metrics, path=path)
 
-    def finish(self) -> None:
-        """Wait until the last checkpoint is on disk."""
-        if self.checkpoints is not None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait until the last checkpoint is on disk, whatever ended the run; its own error is told, or raised."""
+        if self.checkpoints is None:
+            return
+        try:
             self.checkpoints.wait()
-        self.fabric.barrier()
+        except Exception as error:
+            if kind is None:
+                raise
+            self.record.print(str(error))  # beside the exception that is on its way already
 
 
 def measure(state: State, split: str) -> dict[str, float]:

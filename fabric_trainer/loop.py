@@ -43,8 +43,12 @@ def fit(
     network, counters, device = state.network, state.counters, fabric.device
     trainable, clip = state.trainable, config.clip
     agree = Agree(fabric)
-    with _frozen_collector(), StopSignals() as signals, Record(state, folder) as record:
-        boundary = Boundary(state, record, folder)
+    with (
+        _frozen_collector(),
+        StopSignals() as signals,
+        Record(state, folder) as record,
+        Boundary(state, record, folder) as boundary,
+    ):
         stream = windows(
             task,
             state.train_set,
@@ -90,7 +94,7 @@ def fit(
                 settle(state, record)
                 boundary.act(window.span)
             fabric.call("on_update_end", state=state, metrics=boundary.metrics)
-        boundary.finish()
+    fabric.barrier()
     fabric.call("on_fit_end", state=state, metrics=boundary.metrics)
     return state
 

@@ -31,7 +31,7 @@ class AnyPointDecoder(nn.Module):
     """Field values at query points, read from latent tokens by cross-attention.
 
     Tokens are marked with their places by the same position features as queries, and keys start as the map that
-    queries have: so attention starts as a bump around the query's own place, instead of having to find it.
+    queries have: so attention leans to the query's own place from the start, and soon sharpens there.
 
     dim: width of a token. fields: values per point. hidden, layers, heads, mlp: sizes. frequencies: of the position
     features, in periods per unit length.

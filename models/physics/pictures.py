@@ -34,11 +34,11 @@ def rollout_figure(network: nn.Module, truth: Tensor, dt: float) -> Figure:
     truth = truth.float().cpu()
     end = (truth.shape[1] - 1) * dt
     figure, axes = plt.subplots(
-        len(truth), 4, figsize=(13, 3.1 * len(truth)), squeeze=False, layout="constrained", width_ratios=(1, 1, 1, 1.25)
+        len(truth), 4, figsize=(14, 3.2 * len(truth)), squeeze=False, layout="constrained", width_ratios=(1, 1, 1, 1.3)
     )
     for row, u, v in zip(axes, truth, predicted, strict=True):
         limit, error = u.abs().max().item(), v - u
-        shown = (("truth", u, limit), ("prediction", v, limit), ("prediction - truth", error, error.abs().max().item()))
+        shown = (("truth", u, limit), ("prediction", v, limit), ("error", error, error.abs().max().item()))
         for axis, (title, field, bound) in zip(row, shown, strict=False):
             image = axis.imshow(
                 field, cmap="RdBu_r", vmin=-bound, vmax=bound, origin="lower", aspect="auto", extent=(0, 1, 0, end)
@@ -46,7 +46,7 @@ def rollout_figure(network: nn.Module, truth: Tensor, dt: float) -> Figure:
             axis.set(title=title, xlabel="x", ylabel="t")
             figure.colorbar(image, ax=axis, shrink=0.9)
         relative = (error.pow(2).mean().sqrt() / u.pow(2).mean().sqrt()).item()
-        row[2].set_title(f"prediction - truth  (NRMSE {relative:.3f})")
+        row[2].set_title(f"error, NRMSE {relative:.3f}")
         _profiles(row[3], u, v, dt)
     return figure
 
@@ -58,5 +58,5 @@ def _profiles(axis, truth: Tensor, predicted: Tensor, dt: float) -> None:
     for color, frame in zip(("tab:blue", "tab:orange", "tab:green"), (last // 4, last // 2, last), strict=True):
         axis.plot(x, truth[frame], color=color, linewidth=1, label=f"t = {frame * dt:.2f}")
         axis.plot(x, predicted[frame], color=color, linewidth=2.2, linestyle=(0, (2, 2)), alpha=0.6)
-    axis.set(title="truth (thin), prediction (dashed)", xlabel="x", ylabel="u", xlim=(0, 1))
+    axis.set(title="truth thin, prediction dashed", xlabel="x", ylabel="u", xlim=(0, 1))
     axis.legend(frameon=False, fontsize="small")
