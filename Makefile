@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
+# tests run several processes on few cores, where OpenMP's threads must not spin while they wait
+TEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+
 # rebuilt when the requirements change
 INSTALLED = $(VENV)/.installed
 $(INSTALLED): setup.cfg pyproject.toml
@@ -16,14 +19,14 @@ train: $(INSTALLED)
 	$(BIN)/python train.py
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(TEST) -m 'not slow and not gpu'
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'slow and not gpu'
+	$(TEST) -m 'slow and not gpu'
 
 # without wandb, torch-optimizer and every extra: what does not use them runs
 test-min: $(INSTALLED)
-	$(BIN)/python -m pytest tests/test_minimal.py
+	$(TEST) tests/test_minimal.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

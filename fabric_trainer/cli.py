@@ -172,7 +172,10 @@ def make_task(config: Config) -> Task:
     except Exception as error:  # argparse's and jsonargparse's own kinds: all about the arguments
         raise InputError(f"task.{' '.join(str(error).split())}") from None
     config.task.args = arguments.as_dict() if arguments is not None else {}
-    return cls(**config.task.args)  # type: ignore[no-any-return]
+    try:
+        return cls(**config.task.args)  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise InputError(f"task.args: {error}") from None
 
 
 def explain(state: State, choice: Choice | None) -> None:

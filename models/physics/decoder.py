@@ -56,7 +56,7 @@ class AnyPointDecoder(nn.Module):
         with torch.no_grad():
             self.query_proj.weight.mul_(_SHARPNESS)
             for layer in self.layers:
-                query, key, _ = layer.attn.in_proj_weight.chunk(3)
+                query, key, _ = layer.attn.in_proj_weight.chunk(3)  # type: ignore[union-attr, operator]
                 key.copy_(query)
 
     def forward(self, points: Tensor, z: Tensor, places: Tensor) -> Tensor:

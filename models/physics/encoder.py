@@ -43,14 +43,12 @@ class GridEncoder(nn.Module):
         self.frequencies = tuple(float(f) for f in frequencies)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.stem = nn.Sequential(
-                nn.Conv2d(channels, max(channels, stem), 3, padding=1),
-                nn.GELU(),
-                nn.Conv2d(max(channels, stem), channels, 1),
-            )
+            hidden = max(channels, stem)
+            first, last = nn.Conv2d(channels, hidden, 3, padding=1), nn.Conv2d(hidden, channels, 1)
+            self.stem = nn.Sequential(first, nn.GELU(), last)
             self.project = nn.Linear(channels * window + 4 * len(self.frequencies), dim)
-        nn.init.zeros_(self.stem[2].weight)
-        nn.init.zeros_(self.stem[2].bias)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         self.requires_grad_(False)
 
     def forward(self, fields: Tensor) -> Tensor:

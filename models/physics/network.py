@@ -24,6 +24,13 @@ class PhysicsNetwork(nn.Module):
     in tens of updates, with the RMS it takes thousands. All are saved as buffers.
     """
 
+    dt: Tensor
+    field_mean: Tensor
+    field_std: Tensor
+    latent_change: Tensor
+    field_change: Tensor
+    reach: Tensor
+
     def __init__(
         self,
         encoder: GridEncoder,

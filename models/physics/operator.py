@@ -5,7 +5,7 @@ Parameter names are those of the Universal Physics Stack, whose published weight
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,20 +123,22 @@ class UNetCore(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, skips = self.input_proj(x), []
-        for layers, narrow in self.down_layers:
+        for down in self.down_layers:
+            layers, narrow = down.children()
             x = _chain(layers, x)
             skips.append(x)
             x = narrow(_halve(x))
         x = _chain(self.bottleneck, x)
-        for widen, layers in self.up_layers:
+        for up in self.up_layers:
+            widen, layers = up.children()
             skip = skips.pop()
             x = F.interpolate(x.transpose(1, 2), size=skip.shape[1], mode="linear").transpose(1, 2)
             x = _chain(layers, x + widen(skip))
         return self.output_proj(self.final_norm(x))
 
 
-def _chain(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    for layer in layers:
+def _chain(layers: nn.Module, x: Tensor) -> Tensor:
+    for layer in layers.children():
         x = layer(x)
     return x
 
@@ -254,7 +256,7 @@ class LatentOperator(nn.Module):
         self,
         dim: int,
         architecture: str = "pdet_unet",
-        core: dict[str, Any] | None = None,
+        core: Mapping[str, Any] | None = None,
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()

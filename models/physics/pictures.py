@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -51,7 +52,7 @@ def rollout_figure(network: nn.Module, truth: Tensor, dt: float) -> Figure:
     return figure
 
 
-def _profiles(axis, truth: Tensor, predicted: Tensor, dt: float) -> None:
+def _profiles(axis: Axes, truth: Tensor, predicted: Tensor, dt: float) -> None:
     """The fields at a quarter, half and the whole of the time: truth as thin lines, the rollout dashed over it."""
     last, cells = truth.shape[0] - 1, truth.shape[1]
     x = (torch.arange(cells) + 0.5) / cells

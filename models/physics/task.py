@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from data.burgers import FRAME_TIME, Burgers, ensure
 from data.pdebench import read
+from fabric_trainer.errors import InputError
 from fabric_trainer.task import Batch, Loss, Task
 from models.physics.decoder import AnyPointDecoder
 from models.physics.encoder import GridEncoder
@@ -62,6 +63,9 @@ class BurgersOperator(Task):
     symmetries: shift each training pair around the period, and mirror half of them as u(x) -> -u(-x); the equation
     is the same after both.
 
+    files: PDEBench HDF5 files to read instead, {"train": PATH, "val": PATH}, of one grid and frame spacing; nu, nx,
+    frames and the numbers of samples are then the files'. file_dataset: the name of the field in them.
+
     tokens, dim: of the latents. patch, margin: the grid points that a token holds, and those on either side of them
     that it sees too. frequencies: of the encoder's position features, per unit length. encoder_seed: of its weights.
     architecture, core, norm_eps: of the LatentOperator. reach: of the PhysicsNetwork.
@@ -80,6 +84,8 @@ class BurgersOperator(Task):
         time_stride: int = 2,
         val_every: int = 8,
         symmetries: bool = True,
+        files: dict[str, str] | None = None,
+        file_dataset: str = "tensor",
         tokens: int = 128,
         dim: int = 64,
         patch: int = 2,
@@ -96,29 +102,47 @@ class BurgersOperator(Task):
     ) -> None:
         if time_stride < 1 or val_every < 1 or time_stride >= frames:
             raise ValueError(f"needs 1 <= time_stride < frames and val_every >= 1, not {time_stride=} {val_every=}")
-        if queries < 1 or nx % queries:
+        if queries < 1 or (nx % queries and not files):
             raise ValueError(f"queries must divide nx: {queries} does not divide {nx}")
-        sizes = {"nu": nu, "nx": nx, "frames": frames}
+        if files is not None and set(files) != {"train", "val"}:
+            raise ValueError(f"files must name train and val, not {', '.join(files) or 'nothing'}")
+        self.files, self.file_dataset = {split: Path(path) for split, path in (files or {}).items()}, file_dataset
+        sizes: dict[str, Any] = {"nu": nu, "nx": nx, "frames": frames}
         self.sets = {
             "train": Burgers(samples=train_samples, seed=0, **sizes),
             "val": Burgers(samples=val_samples, seed=1, **sizes),
         }
         self.stride, self.val_every, self.symmetries = time_stride, val_every, symmetries
         self.queries, self.decoder_weight = queries, decoder_weight
-        self.latent = {"tokens": tokens, "dim": dim, "patch": (1, patch), "margin": (0, margin)}
+        self.latent: dict[str, Any] = {"tokens": tokens, "dim": dim, "patch": (1, patch), "margin": (0, margin)}
         self.latent |= {"frequencies": tuple(frequencies), "seed": encoder_seed}
-        self.step = {"architecture": architecture, "core": dict(core or {}) or None, "norm_eps": norm_eps}
+        self.step: dict[str, Any] = {"architecture": architecture, "core": core, "norm_eps": norm_eps}
         self.reading = dict(decoder or {})
-        self.scales = {"dt": time_stride * FRAME_TIME, "reach": reach}
+        self.scales: dict[str, float] = {"dt": time_stride * FRAME_TIME, "reach": reach}
         self.data: dict[str, Tensor] = {}
 
     # ---- data -------------------------------------------------------------------------------------------------
 
     def prepare(self, root: Path) -> None:
-        """Make the trajectories under ``root``/burgers or check those that are there, and fit the scales."""
-        paths = {split: ensure(Path(root) / "burgers", burgers) for split, burgers in self.sets.items()}
-        self.data = {split: torch.from_numpy(read(path).u) for split, path in paths.items()}
+        """Read ``files``, or make the trajectories under ``root``/burgers or check those that are there; fit the
+        scales. InputError where a file isn't what it should be."""
+        paths = self.files or {split: ensure(Path(root) / "burgers", made) for split, made in self.sets.items()}
+        read_in = {split: read(path, self.file_dataset) for split, path in paths.items()}
+        train = read_in["train"]
+        if train.u.shape[2] % self.queries:
+            raise InputError(f"queries must divide the grid: {self.queries} does not divide {train.u.shape[2]}")
+        if self.files:
+            self.scales["dt"] = self.stride * float(train.t[1] - train.t[0])
+        self.data = {split: torch.from_numpy(trajectories.u) for split, trajectories in read_in.items()}
         self.scales |= self._fit(self.data["train"])
+
+    def missing(self, root: Path) -> list[str]:
+        """The files that are not there; those that the task makes are never missing."""
+        return [
+            f"task.args.files: {path} ({split}) is not there"
+            for split, path in self.files.items()
+            if not path.is_file()
+        ]
 
     @torch.no_grad()
     def _fit(self, u: Tensor) -> dict[str, float]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data.pdebench import read
+from fabric_trainer.errors import InputError
 
 
 def write(path: Path, **datasets: np.ndarray) -> Path:
@@ -39,22 +40,22 @@ def test_first_samples_and_another_dataset(tmp_path: Path) -> None:
 
 def test_missing_dataset_names_file_wish_and_contents(tmp_path: Path) -> None:
     path = write(tmp_path / "a.hdf5", data=np.zeros((4, 5, 8)), **axes())
-    with pytest.raises(ValueError, match=r"a\.hdf5: expected a dataset 'tensor', found .*'data' \(4, 5, 8\)") as caught:
+    with pytest.raises(InputError, match=r"a\.hdf5: expected a dataset 'tensor', found .*'data' \(4, 5, 8\)") as caught:
         read(path)
     assert "\n" not in str(caught.value)
 
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.hdf5: no such file.*'tensor'"):
+    with pytest.raises(InputError, match=r"none\.hdf5: no such file.*'tensor'"):
         read(tmp_path / "none.hdf5")
     (tmp_path / "text.hdf5").write_text("no HDF5")
-    with pytest.raises(ValueError, match=r"text\.hdf5: not a readable HDF5 file"):
+    with pytest.raises(InputError, match=r"text\.hdf5: not a readable HDF5 file"):
         read(tmp_path / "text.hdf5")
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 4, 8), (4, 5, 7), (4, 5, 8, 1)])
 def test_wrong_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="of shape"):
+    with pytest.raises(InputError, match="of shape"):
         read(write(tmp_path / "a.hdf5", tensor=np.zeros(shape), **axes()))
 
 
@@ -67,5 +68,5 @@ def test_real_burgers(test_data: Path) -> None:
 
 
 def test_real_darcy_is_no_trajectory(test_data: Path) -> None:
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(InputError, match="expected"):
         read(test_data / "data/pde/pdebench_layout/2D_DarcyFlow_n16_test.hdf5")
