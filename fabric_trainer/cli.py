@@ -141,8 +141,8 @@ def fast_dev_run(fabric: Fabric, task: Task, config: Config) -> int:
 def dry_run(config: Config) -> int:
     """Check the configuration without touching a device or a file; list what this machine lacks for a real run."""
     from fabric_trainer import strategies
+    from fabric_trainer.batch import resolve_accumulate
     from fabric_trainer.optim import optimizer_class
-    from fabric_trainer.order import resolve_accumulate
 
     task = make_task(config)
     _callbacks(config)

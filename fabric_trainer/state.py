@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fabric_trainer import schedule
+from fabric_trainer.batch import rescaled, resolve_accumulate
 from fabric_trainer.config import Config
 from fabric_trainer.ema import EMA
 from fabric_trainer.errors import InputError
@@ -20,7 +21,7 @@ from fabric_trainer.evaluate import Split
 from fabric_trainer.faults import Guard
 from fabric_trainer.history import History
 from fabric_trainer.optim import build_optimizer
-from fabric_trainer.order import Accumulate, Order, accumulation, rescaled, resolve_accumulate
+from fabric_trainer.order import Accumulate, Order, accumulation
 from fabric_trainer.portable import load_network_state, load_optimizer_state, optimizer_state
 from fabric_trainer.task import Task
 

@@ -13,9 +13,10 @@ import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from fabric_trainer.batch import divided, rescaled, resolve_accumulate
 from fabric_trainer.config import BatchConfig, Config, check, data_root, flatten, load, parse, to_yaml
 from fabric_trainer.errors import InputError
-from fabric_trainer.order import check_accumulate, divided, rescaled, resolve_accumulate
+from fabric_trainer.order import check_accumulate
 
 BASE = "run: {max_steps: 5}\n"
 REPOSITORY = Path(__file__).resolve().parent.parent
