@@ -11,6 +11,7 @@ SIGKILL.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -108,11 +109,12 @@ def _train_quietly(command: list[str], log: Path) -> None:
 
 def kill_at_random(process: multiprocessing.Process, checkpoints: Path, rng: random.Random, longest: float) -> str:
     """SIGKILL the process after a random time, or in the middle of a save; returns where it was hit, or 'finished'."""
+    left_before = half_written(checkpoints)
     until = time.monotonic() + rng.uniform(0.0, longest)
     while time.monotonic() < until and process.is_alive():
         time.sleep(0.005)
     in_save = rng.random() < 0.5
-    while in_save and process.is_alive() and not list(checkpoints.glob(".*.tmp")):
+    while in_save and process.is_alive() and not half_written(checkpoints) - left_before:
         pass  # spinning, to hit the few hundred microseconds in which the file is there
     if process.is_alive():
         os.kill(process.pid or 0, signal.SIGKILL)
@@ -121,7 +123,16 @@ def kill_at_random(process: multiprocessing.Process, checkpoints: Path, rng: ran
         return "finished"
     if process.exitcode != -signal.SIGKILL:
         raise SystemExit(f"the run failed by itself with code {process.exitcode}; see the log beside {checkpoints}")
-    return "in a save" if list(checkpoints.glob(".*.tmp")) else "elsewhere"
+    return "in a save" if half_written(checkpoints) - left_before else "elsewhere"
+
+
+def half_written(checkpoints: Path) -> set[tuple[str, int]]:
+    """The files that are being written, or that a kill left so: name and time of the last write."""
+    found = set()
+    for path in checkpoints.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # renamed in between
+            found.add((path.name, path.lstat().st_mtime_ns))
+    return found
 
 
 def outcome(folder: Path) -> dict[str, Any]:
