@@ -128,10 +128,9 @@ def kill_at_random(process: multiprocessing.Process, checkpoints: Path, rng: ran
 
 def half_written(checkpoints: Path) -> set[tuple[str, int]]:
     """The files that are being written, or that a kill left so: name and time of the last write."""
-    found = set()
-    for path in checkpoints.glob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # renamed in between
-            found.add((path.name, path.lstat().st_mtime_ns))
+    found: set[tuple[str, int]] = set()
+    with contextlib.suppress(FileNotFoundError):  # a file renamed, or a folder without a checkpoint begun anew
+        found.update((path.name, path.lstat().st_mtime_ns) for path in checkpoints.glob(".*.tmp"))
     return found
 
 
