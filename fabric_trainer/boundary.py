@@ -88,7 +88,7 @@ class Boundary(AbstractContextManager["Boundary"]):
         if span.last:
             self.end_epoch(span.epoch)
         improved = False
-        if state.has_val and (finished or "evaluate" in due):
+        if state.val_set is not None and (finished or "evaluate" in due):
             state.owes_evaluation = bool(state.stopped)
             if not state.stopped:
                 improved = self.evaluate()

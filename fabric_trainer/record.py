@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +45,7 @@ class Record(AbstractContextManager["Record"]):
     folder: the run's, or None to write no file.
     """
 
-    def __init__(self, state: State, folder: Path | None, out: Callable[[str], None] | None = None) -> None:
+    def __init__(self, state: State, folder: Path | None) -> None:
         self.state, self.folder = state, folder
         self.fabric = state.fabric
         self.updates: list[Update] = []

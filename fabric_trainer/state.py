@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from fabric_trainer import schedule
 from fabric_trainer.batch import rescaled, resolve_accumulate
-from fabric_trainer.config import Config
+from fabric_trainer.config import Config, check
 from fabric_trainer.ema import EMA
 from fabric_trainer.errors import InputError
 from fabric_trainer.evaluate import Split
@@ -66,9 +66,10 @@ class State:
     def __init__(
         self, fabric: Fabric, task: Task, config: Config, saved: dict[str, Any] | None = None, given: bool = False
     ) -> None:
+        check(config)  # of whoever made it without the command line
         self.fabric, self.task, self.config = fabric, task, config
         self.train_set = _require(task, "train")
-        self.has_val = task.dataset("val") is not None
+        self.val_set = task.dataset("val")
         self._splits: dict[str, Split] = {}
         self.accumulate: Accumulate = (
             rescaled(saved["batch"], config.batch, fabric.world_size, given)
@@ -133,7 +134,7 @@ class State:
     def split(self, name: str) -> Split:
         """The evaluation batches of a split, made once. Raises InputError where the task has none."""
         if name not in self._splits:
-            config, dataset = self.config, self.task.dataset(name)
+            config, dataset = self.config, self.val_set if name == "val" else self.task.dataset(name)
             if dataset is None:
                 raise InputError(f"{type(self.task).__name__} has no {name} split")
             size = config.evaluate.micro_batch_size or config.batch.micro_batch_size

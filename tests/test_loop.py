@@ -12,6 +12,7 @@ from toys import Regression, config
 
 from fabric_trainer import Batch, Loss, Task, fit
 from fabric_trainer.checkpoint import load
+from fabric_trainer.errors import InputError
 from fabric_trainer.state import State
 
 
@@ -155,6 +156,11 @@ def test_precisions_train_on_a_cpu(precision):
     state = fit(fabric, Cast(), config(**changes))
     losses = [entry["train_epoch/loss"] for entry in state.history.epochs]
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_configuration_made_by_hand_is_checked_too(fabric):
+    with pytest.raises(InputError, match=r"run\.max_epochs or run\.max_steps must say"):
+        fit(fabric, Regression(), config(**{"run.max_epochs": None}))
 
 
 def test_a_batch_that_is_no_dict_is_named(fabric):
