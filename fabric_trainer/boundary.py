@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from fabric_trainer.checkpoint import Checkpoints, check_finite
+from fabric_trainer.checkpoint import Checkpoints, check_finite, take_part
 from fabric_trainer.errors import InputError
 from fabric_trainer.evaluate import evaluate
 from fabric_trainer.every import Clock, Every
@@ -158,6 +158,8 @@ class Boundary(AbstractContextManager["Boundary"]):
             metrics = self.metrics if self.measured_at == state.counters.window else {}
             path = self.checkpoints.save(tree, tree["counters"] | {"epoch": int(self.now.epochs + 1e-9)}, metrics, keep)
             self.fabric.call("on_checkpoint_saved", state=state, metrics=metrics, path=path)
+        else:
+            take_part(tree)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Wait until the last checkpoint is on disk, whatever ended the run; its own error is told, or raised."""
@@ -176,12 +178,14 @@ def measure(state: State, split: str) -> dict[str, float]:
     wanted, averaged = state.config.evaluate.weights, state.ema
     metrics: dict[str, float] = {}
     if averaged is None or wanted != "ema":
-        metrics |= _named(split, evaluate(state.fabric, state.task, state.network, state.split(split)))
+        metrics |= _measured(state, split, split)
     if averaged is not None and wanted != "raw":
         with averaged.applied():
-            metrics |= _named(f"{split}_ema", evaluate(state.fabric, state.task, state.network, state.split(split)))
+            metrics |= _measured(state, split, f"{split}_ema")
     return metrics
 
 
-def _named(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+def _measured(state: State, split: str, prefix: str) -> dict[str, float]:
+    figures = evaluate(state.fabric, state.task, state.network, state.split(split))
+    state.engine.refresh()
+    return {f"{prefix}/{name}": value for name, value in figures.items()}

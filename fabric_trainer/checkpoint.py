@@ -23,6 +23,7 @@ from torch import Tensor
 from fabric_trainer.config import CheckpointConfig
 from fabric_trainer.errors import CheckpointError, InputError
 from fabric_trainer.files import sync_folder, write_atomically
+from fabric_trainer.portable import Leaf, local, whole
 
 INDEX = "index.json"
 
@@ -43,7 +44,8 @@ class Checkpoints:
     def save(self, state: dict[str, Any], counters: dict[str, Any], metrics: dict[str, float], keep: bool) -> Path:
         """Copy ``state`` now and write it in the background; returns the file's path-to-be.
 
-        counters must have ``window`` and ``step``; metrics are of an evaluation of exactly these weights, or empty.
+        Where the state is in pieces, the other ranks must call :func:`take_part` with theirs. counters must have
+        ``window`` and ``step``; metrics are of an evaluation of exactly these weights, or empty.
         keep: never rotate it away. Raises CheckpointError for the write before this one.
         """
         self.wait()
@@ -187,7 +189,10 @@ def _disk_error(error: BaseException | None) -> OSError | None:
 
 
 class Snapshot:
-    """Copies a state to host memory that it reuses: allocating it anew costs twenty times the copy."""
+    """Copies a state to host memory that it reuses: allocating it anew costs twenty times the copy.
+
+    What is in pieces is gathered one tensor at a time: the copy is the only whole state there is.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
@@ -204,13 +209,26 @@ class Snapshot:
             return {key: self._copy(item, (*path, key)) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._copy(item, (*path, i)) for i, item in enumerate(value)]
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Leaf):
             return value
+        value = whole(value)
         buffer = self._buffers.get(path)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
             buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
             self._buffers[path] = buffer
         return buffer.copy_(value.detach(), non_blocking=True)
+
+
+def take_part(state: Any) -> None:
+    """Help rank 0 gather its copy, tensor by tensor; what arrives is dropped at once."""
+    if isinstance(state, dict):
+        for value in state.values():
+            take_part(value)
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            take_part(value)
+    elif isinstance(state, Leaf):
+        whole(state)
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -225,7 +243,7 @@ def load(path: Path) -> dict[str, Any]:
     if entry is not None and _sha256(path) != entry["sha256"]:
         raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {INDEX}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path} is refused: it is no file of tensors and plain values alone") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -271,7 +289,8 @@ class _Values(dict[str, Any]):
 
 
 def check_finite(trees: dict[str, Any]) -> None:
-    """Raise CheckpointError, naming the first, where a floating tensor in the trees isn't finite. One device sync."""
+    """Raise CheckpointError, naming the first, where a floating tensor in the trees isn't finite, as far as it lies on
+    this rank. One device sync."""
     named = list(_floating(trees, ""))
     if not named:
         return
@@ -284,7 +303,10 @@ def check_finite(trees: dict[str, Any]) -> None:
 def _floating(value: Any, path: str) -> list[tuple[str, Tensor]]:
     if isinstance(value, dict):
         return [pair for key, item in value.items() for pair in _floating(item, f"{path}.{key}" if path else key)]
-    return [(path, value)] if isinstance(value, Tensor) and value.is_floating_point() and value.numel() else []
+    if not isinstance(value, Leaf):
+        return []
+    piece = local(value)
+    return [(path, piece)] if piece.is_floating_point() and piece.numel() else []
 
 
 def _sha256(path: Path) -> str:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fabric_trainer.config import Command, Config, data_root, parse
-from fabric_trainer.errors import FAILED, FINISHED, INPUT, INTERRUPTED, BadGradientError, CheckpointError, InputError
+from fabric_trainer.command import Command, parse
+from fabric_trainer.config import Config, data_root
+from fabric_trainer.errors import (
+    FAILED,
+    FINISHED,
+    INPUT,
+    INTERRUPTED,
+    SMALLER,
+    BadGradientError,
+    CheckpointError,
+    InputError,
+    OutOfMemoryRestart,
+)
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -16,37 +28,69 @@ if TYPE_CHECKING:
     from fabric_trainer.state import State
     from fabric_trainer.task import Task
 
+# errors of one line
+CODES = {InputError: INPUT, BadGradientError: FAILED, CheckpointError: FAILED, OutOfMemoryRestart: SMALLER}
+
 
 def main(argv: Sequence[str]) -> int:
     """Do what the command says; returns the process's exit code (``fabric_trainer.errors``)."""
-    try:
-        command, config = parse(argv)
-        if command.dry_run:
-            return dry_run(config)
-        return _launched(command, config)
-    except InputError as error:
-        return _complain(error, INPUT)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except (BadGradientError, CheckpointError) as error:
-        return _complain(error, FAILED)
+    return _reported(_understand, argv)
 
 
-def _launched(command: Command, config: Config) -> int:
+def _understand(argv: Sequence[str]) -> int:
+    command, config = parse(argv)
+    if command.strategies:
+        return print_strategies()
+    if command.dry_run:
+        return dry_run(config)
+    return _launch(command, config)
+
+
+def _launch(command: Command, config: Config) -> int:
+    from fabric_trainer.launch import resolve
     from fabric_trainer.run import refuse_nameless_restart
     from fabric_trainer.strategies import make_fabric
 
     refuse_nameless_restart(config)
-    fabric = make_fabric(config.fabric, _callbacks(config))
+    resolved = resolve(config.fabric)
+    fabric = make_fabric(config, _callbacks(config), resolved)
     task = make_task(config)
-    fabric.launch()
-    with fabric.rank_zero_first():
-        task.prepare(data_root(config))
-    if command.evaluate:
-        return measure_checkpoint(fabric, task, command, config)
-    if command.fast_dev_run:
-        return fast_dev_run(fabric, task, config)
-    return train(fabric, task, command, config)
+    return fabric.launch(_reported_on_rank, task, command, config, resolved.notes)  # type: ignore[no-any-return]
+
+
+def _reported_on_rank(fabric: Fabric, *arguments: Any) -> int:
+    return _reported(_on_rank, fabric, *arguments)
+
+
+def _on_rank(fabric: Fabric, task: Task, command: Command, config: Config, notes: tuple[str, ...]) -> int:
+    """What every process does, once all are there."""
+    from fabric_trainer.lifeline import Lifeline
+
+    with Lifeline(fabric.global_rank, fabric.world_size, fabric.broadcast, _code, tuple(CODES)):
+        for note in notes:
+            fabric.print(note)
+        with fabric.rank_zero_first():
+            task.prepare(data_root(config))
+        if command.evaluate:
+            return measure_checkpoint(fabric, task, command, config)
+        if command.fast_dev_run:
+            return fast_dev_run(fabric, task, config)
+        return train(fabric, task, command, config)
+
+
+def _reported(call: Callable[..., int], *arguments: Any) -> int:
+    """Its exit code; the one line of an error that has one is printed, any other error goes through."""
+    try:
+        return call(*arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except tuple(CODES) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return _code(error)
+
+
+def _code(error: BaseException) -> int:
+    return next((code for kind, code in CODES.items() if isinstance(error, kind)), FAILED)
 
 
 def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
@@ -54,10 +98,14 @@ def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     from fabric_trainer import checkpoint, run
     from fabric_trainer.environment import describe
     from fabric_trainer.loop import fit
+    from fabric_trainer.memory import remembered
+    from fabric_trainer.portable import shared
     from fabric_trainer.state import State
 
     choice = _on_rank_zero(fabric, lambda: run.choose(command, config, fabric.print))
-    saved = checkpoint.load(choice.resume_from) if choice.resume_from else None
+    config.batch = _on_rank_zero(fabric, lambda: remembered(choice.folder, config.batch, fabric.print))
+    resume_from = choice.resume_from
+    saved = shared(fabric, lambda: checkpoint.load(resume_from)) if resume_from else None
     if saved:
         run.compare_configs(saved["config"], config, fabric.print)
     state = State(fabric, task, config, saved, given=any(key.startswith("batch") for key in command.given))
@@ -82,33 +130,39 @@ def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
 
 
 def conclude(state: State, choice: Choice) -> None:
-    """The report, with the task's pictures of the best weights, and a last plain line per metric."""
-    from fabric_trainer import checkpoint
-    from fabric_trainer.evaluate import evaluating
+    """On rank 0: the report, with the task's pictures of the best weights, and a last plain line per metric."""
     from fabric_trainer.report import write_report
 
-    pictures = {}
-    if not state.stopped:
-        best = choice.folder / "checkpoints" / "best.pt"
-        if best.exists():
-            state.load_weights(checkpoint.load(best))
-        with evaluating(state.module):
-            pictures = state.task.pictures(state.module, state.fabric.device)
-    report = write_report(choice.folder, pictures)
+    report = write_report(choice.folder, {} if state.stopped else _pictures(state, choice.folder / "checkpoints"))
     print(f"report {report}", flush=True)
     if state.history.evaluations and not state.stopped:
         print_metrics(state.history.evaluations[-1])
+
+
+def _pictures(state: State, checkpoints: Path) -> dict[str, Any]:
+    """The task's, by a bare network of its own: the trained one may lie in pieces over the ranks."""
+    from fabric_trainer import checkpoint
+    from fabric_trainer.task import Task
+
+    if type(state.task).pictures is Task.pictures:
+        return {}
+    best = checkpoints / "best.pt"
+    saved = checkpoint.load(best if best.exists() else checkpoints / "last.pt")
+    network = state.task.network()
+    network.load_state_dict(saved["model"])
+    return state.task.pictures(network.to(state.fabric.device).eval(), state.fabric.device)
 
 
 def measure_checkpoint(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     """``--evaluate``: the metrics of a checkpoint's raw and averaged weights, in full precision."""
     from fabric_trainer import checkpoint, run
     from fabric_trainer.boundary import measure
+    from fabric_trainer.portable import shared
     from fabric_trainer.state import State
 
     which = command.evaluate or ""
     path = _on_rank_zero(fabric, lambda: run.find_checkpoint(which, command, config))
-    saved = checkpoint.load(path)
+    saved = shared(fabric, lambda: checkpoint.load(path))
     if saved.get("ema") is None:
         config.ema.decay = None
     elif config.ema.decay is None:
@@ -147,11 +201,23 @@ def dry_run(config: Config) -> int:
     task = make_task(config)
     _callbacks(config)
     optimizer_class(config.optim.name)
+    problems = strategies.problems(config) + task.missing(data_root(config))
     resolve_accumulate(config.batch, strategies.count_devices(config.fabric))
-    problems = strategies.problems(config.fabric) + task.missing(data_root(config))
     print("the configuration is valid")
     if problems:
         print("would stop a real run:", *problems, sep="\n  ")
+    return FINISHED
+
+
+def print_strategies() -> int:
+    """``--strategies``: what each of them can do, without torch."""
+    from rich.console import Console
+
+    from fabric_trainer.strategies import WIDTH, strategy_table
+
+    console = Console()
+    console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    console.print(strategy_table())
     return FINISHED
 
 
@@ -200,11 +266,10 @@ def print_metrics(metrics: dict[str, float]) -> None:
 
 
 def _init_from(state: State, path: str) -> None:
-    from pathlib import Path
-
     from fabric_trainer import checkpoint
+    from fabric_trainer.portable import shared
 
-    saved = checkpoint.load(Path(path))
+    saved = shared(state.fabric, lambda: checkpoint.load(Path(path)))
     state.load_weights({"model": saved["model"]})
     state.fabric.print(f"weights from {path}")
 
@@ -227,8 +292,3 @@ def _on_rank_zero(fabric: Fabric, decide: Any) -> Any:
     if isinstance(answer, InputError):
         raise answer
     return answer
-
-
-def _complain(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return code

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed.tensor import DTensor
 
 
 def clip_gradients(
@@ -15,20 +18,49 @@ def clip_gradients(
 
     norm: scale all gradients by min(1, norm / (total + 1e-6)), as ``torch.nn.utils.clip_grad_norm_`` does (Pascanu et
     al., arXiv 1211.5063), bit for bit. value: clamp every element to [-value, value]. Neither: measure alone.
+    Parameters in shards (DTensor) and whole ones may be mixed.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
     total = total_norm(gradients, p)
+    pieces = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     if norm is not None:
-        torch._foreach_mul_(gradients, torch.clamp(norm / (total + 1e-6), max=1.0))
+        torch._foreach_mul_(pieces, torch.clamp(norm / (total + 1e-6), max=1.0))
     elif value is not None:
-        torch._foreach_clamp_min_(gradients, -value)
-        torch._foreach_clamp_max_(gradients, value)
+        torch._foreach_clamp_min_(pieces, -value)
+        torch._foreach_clamp_max_(pieces, value)
     return total
 
 
 def total_norm(tensors: list[Tensor], p: float = 2.0) -> Tensor:
-    """The p-norm of all elements of all tensors, 0-d, on the first one's device."""
-    norms = torch._foreach_norm(tensors, p)
-    return torch.linalg.vector_norm(torch.stack(norms), p)
+    """The p-norm of all elements of all tensors, 0-d, on the first one's device, the same on every rank.
+
+    What is sharded is added up over the ranks that share it (one collective for each way of sharding); what every
+    rank has whole counts once.
+    """
+    kinds: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+    for tensor in tensors:
+        piece = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        kinds.setdefault(_sharing(tensor), []).append(piece)
+    norms = [_over(groups, torch.stack(torch._foreach_norm(pieces, p)), p) for groups, pieces in kinds.items()]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), p)
+
+
+def _over(groups: tuple[ProcessGroup, ...], norms: Tensor, p: float) -> Tensor:
+    """The norm of all pieces of all ranks in the groups."""
+    norm = torch.linalg.vector_norm(norms, p)
+    if not groups:
+        return norm
+    power = norm if math.isinf(p) else norm**p
+    for group in groups:
+        torch.distributed.all_reduce(power, ReduceOp.MAX if math.isinf(p) else ReduceOp.SUM, group)
+    return power if math.isinf(p) else power ** (1 / p)
+
+
+def _sharing(tensor: Tensor) -> tuple[ProcessGroup, ...]:
+    """The process groups over which a tensor is sharded; none for a whole one."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    sharded = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
+    return tuple(tensor.device_mesh.get_group(dim) for dim in sharded)

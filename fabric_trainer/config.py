@@ -1,4 +1,4 @@
-"""The configuration: dataclasses are its keys, jsonargparse its command line.
+"""The configuration: dataclasses are its keys, their docstrings its help (``command.py`` reads it).
 
 Imports neither torch nor lightning, so that ``--help`` and every complaint about a key come at once. What needs the
 task's class (its arguments) or a device (precision, memory) is checked where that is built, still before training.
@@ -6,24 +6,20 @@ task's class (its arguments) or a device (precision, memory) is checked where th
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-import jsonargparse
 import yaml
 
 from fabric_trainer.errors import InputError
 from fabric_trainer.every import Every
 from fabric_trainer.order import check_accumulate
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
 DEFAULT_CONFIG = "configs/burgers.yaml"
+YEAR = 525_600  # minutes
 
 
 @dataclass
@@ -122,12 +118,58 @@ class EmaConfig:
 
 @dataclass
 class FaultsConfig:
-    """What to do about a gradient that is not finite."""
+    """What to do about a gradient that is not finite, and about a full device."""
 
     nonfinite: Literal["skip", "raise"] = "skip"
     """skip: leave the update out, all ranks alike; raise: end the run before it."""
     budget: int = 10
     """Skipped updates after which the run ends with an error."""
+    oom: Literal["auto", "split", "restart"] = "auto"
+    """Out of memory: split the micro-batch, or leave with code 76 to restart; auto: split on one device, or restart."""
+
+
+@dataclass
+class DdpConfig:
+    """DistributedDataParallel's options."""
+
+    find_unused_parameters: bool = False
+    """Look for parameters that a forward left out; costs a pass over the graph."""
+    static_graph: bool = False
+    """Promise that every forward uses the same parameters."""
+    gradient_as_bucket_view: bool = True
+    """Gradients lie in the buckets that are reduced: one copy less."""
+    sync_batchnorm: bool = False
+    """BatchNorm statistics over all ranks."""
+
+
+@dataclass
+class FsdpConfig:
+    """Fully sharded data parallel."""
+
+    sharding: Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"] = "FULL_SHARD"
+    """SHARD_GRAD_OP keeps the weights gathered between forward and backward; NO_SHARD is ddp."""
+    blocks: list[str] | int | None = None
+    """What is sharded as one: class names, or the least number of parameters; else the blocks that the task names."""
+    cpu_offload: bool = False
+    """Shards lie in host memory while they are not used."""
+    meta_init: bool = False
+    """Build the network without memory, shard it, then initialise: for models larger than one device."""
+    param_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """What weights are gathered and computed in; else it follows fabric.precision (bf16-mixed: bf16)."""
+    reduce_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """What gradients are reduced in; else it follows fabric.precision (bf16-mixed: fp32)."""
+
+
+@dataclass
+class DeepspeedConfig:
+    """DeepSpeed ZeRO."""
+
+    offload_optimizer: bool = False
+    """Optimizer state lies in host memory."""
+    offload_parameters: bool = False
+    """stage 3: weights lie in host memory while they are not used."""
+    config: dict[str, Any] | str | None = None
+    """A DeepSpeed JSON file, or its content; "auto" in it is filled from this configuration."""
 
 
 @dataclass
@@ -141,9 +183,27 @@ class FabricConfig:
     num_nodes: int = 1
     """Machines."""
     strategy: str = "auto"
-    """auto, single or ddp."""
+    """single, ddp, ddp_spawn, ddp_notebook, fsdp, fsdp1, tensor_parallel, deepspeed (see --strategies); auto: single on
+    one device, else ddp."""
     precision: str = "auto"
-    """32-true (which auto means), 16-mixed, bf16-mixed, bf16-true or 64-true."""
+    """32-true (which auto means), 16-mixed, bf16-mixed, bf16-true, 64-true or transformer-engine."""
+    stage: Literal[1, 2, 3] = 2
+    """deepspeed: what ZeRO shards; 1 the optimizer, 2 the gradients too, 3 the weights too."""
+    tensor_parallel_size: int | None = None
+    """Ranks that share each layer; else all of them under tensor_parallel, 1 under fsdp (more is 2-D)."""
+    activation_checkpointing: list[str] = field(default_factory=list)
+    """Class names of blocks whose activations are recomputed in the backward."""
+    timeout: float = 30.0
+    """Minutes that a collective may wait."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Of float32 matrix products; high uses TF32."""
+    cudnn_tf32: bool = True
+    """TF32 in float32 convolutions."""
+    requeue: bool = False
+    """SLURM: on SIGUSR1 save, then scontrol requeue this job."""
+    ddp: DdpConfig = field(default_factory=DdpConfig)
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    deepspeed: DeepspeedConfig = field(default_factory=DeepspeedConfig)
 
 
 @dataclass
@@ -190,6 +250,8 @@ class CheckpointConfig:
     """Which end of it is good."""
     name: str = "step-{step:08d}"
     """File name; any counter and metric: '{step}-{val/nrmse:.4f}' (a slash becomes an underscore)."""
+    sharded: bool = False
+    """Every rank writes its own shard (torch.distributed.checkpoint); tools/consolidate makes the plain file."""
 
 
 @dataclass
@@ -243,44 +305,6 @@ class Config:
     on_fit_end."""
 
 
-@dataclass
-class Command:
-    """What a command line asks for beside its configuration."""
-
-    config: str = DEFAULT_CONFIG
-    resume: str | None = None
-    init_from: str | None = None
-    overwrite: bool = False
-    evaluate: str | None = None
-    split: str = "val"
-    dry_run: bool = False
-    fast_dev_run: bool = False
-    given: frozenset[str] = frozenset()  # configuration keys set on the command line itself
-
-    @property
-    def config_name(self) -> str:
-        return Path(self.config).stem
-
-
-def parse(argv: Sequence[str]) -> tuple[Command, Config]:
-    """The command and its configuration. Raises InputError; ``--help`` and ``--print_config`` print and exit 0."""
-    flags, rest = _command_parser().parse_known_args(list(argv))
-    parser = _config_parser()
-    if {"-h", "--help"} & set(rest):
-        parser.parse_args(["--help"])
-    if not Path(flags.config).is_file():
-        raise InputError(f"--config {flags.config}: there is no such file")
-    config = _dataclass(parser, parser.parse_args([f"--config={flags.config}", *rest]))
-    given = {arg[2:].split("=")[0].rstrip("+") for arg in rest if arg.startswith("--")}
-    return Command(**vars(flags), given=frozenset(given)), config
-
-
-def load(path: Path | str) -> Config:
-    """The configuration in a YAML file. Raises InputError."""
-    parser = _config_parser()
-    return _dataclass(parser, parser.parse_args([f"--config={path}"]))
-
-
 def check(config: Config) -> None:
     """Raise InputError for values that no run can have; cheap, and before anything else is imported."""
     _at_least("batch.micro_batch_size", config.batch.micro_batch_size, 1)
@@ -299,12 +323,18 @@ def check(config: Config) -> None:
         ("run.max_steps", config.run.max_steps),
         ("batch.global_batch_size", config.batch.global_batch_size),
         ("evaluate.micro_batch_size", config.evaluate.micro_batch_size),
+        ("fabric.tensor_parallel_size", config.fabric.tensor_parallel_size),
     ):
         if length is not None:
             _at_least(key, length, 1)
     for key, limit in (("norm", config.clip.norm), ("value", config.clip.value), ("p", config.clip.p)):
         if limit is not None and not limit > 0:
             raise InputError(f"clip.{key} must be above 0, not {limit}")
+    if not 0 < config.fabric.timeout <= YEAR:
+        raise InputError(f"fabric.timeout must be above 0 minutes and at most {YEAR}, not {config.fabric.timeout}")
+    blocks = config.fabric.fsdp.blocks
+    if blocks == [] or (isinstance(blocks, int) and blocks < 1):
+        raise InputError(f"fabric.fsdp.blocks must be class names, a number above 0 or null, not {blocks}")
     for section, value in (("evaluate.every", config.evaluate.every), ("checkpoint.every", config.checkpoint.every)):
         _interval(section, value)
     if config.checkpoint.keep_every is not None:
@@ -356,52 +386,6 @@ def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _quoted)
-
-
-class _Parser(jsonargparse.ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = re.sub(r'Parser key "([\w.]+)":', r"\1:", " ".join(message.split()))
-        raise InputError(re.sub(r"<class '(\w+)'>", r"\1", message))
-
-
-def _config_parser() -> _Parser:
-    parser = _Parser(
-        description="Train a task on Lightning Fabric. Every key below may stand in a YAML file too.",
-        usage="%(prog)s [--config FILE] [--key value ...] [options]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog=_command_parser().format_help().split("\n\n", 1)[1],
-    )
-    parser.add_argument("--config", action="config", help=argparse.SUPPRESS)
-    parser.add_class_arguments(Config, None)
-    for action in parser._actions:
-        if "." not in action.dest and action.metavar == "CONFIG":
-            action.help = argparse.SUPPRESS  # a section from a file of its own: possible, but noise here
-    return parser
-
-
-def _command_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    add = parser.add_argument_group("what to do").add_argument
-    add("--config", default=DEFAULT_CONFIG, metavar="FILE", help=f"the run's YAML file (default: {DEFAULT_CONFIG})")
-    add("--resume", metavar="auto|PATH|none", help="continue a run, or from one checkpoint")
-    add("--init_from", metavar="PATH", help="start from a checkpoint's weights alone")
-    add("--overwrite", action="store_true", help="delete the run of that name first")
-    add("--evaluate", metavar="PATH|best|last", help="measure a checkpoint instead of training")
-    add("--split", metavar="NAME", help="with --evaluate: which split (default: val)")
-    add("--dry_run", action="store_true", help="check everything, write nothing")
-    add("--fast_dev_run", action="store_true", help="one update, one evaluation batch, no run folder")
-    return parser
-
-
-def _dataclass(parser: _Parser, namespace: jsonargparse.Namespace) -> Config:
-    namespace.pop("config", None)
-    for section in fields(Config):
-        if is_dataclass(section.default_factory) and not isinstance(namespace[section.name], jsonargparse.Namespace):
-            raise InputError(f"{section.name}: is a section of keys, not {namespace[section.name]!r}")
-    config = Config(**vars(parser.instantiate(namespace)))
-    check(config)
-    return config
 
 
 def _at_least(key: str, value: int, least: int) -> None:

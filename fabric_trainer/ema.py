@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fabric_trainer.portable import Leaf, like, local, put
 
 
 class EMA:
@@ -16,17 +18,25 @@ class EMA:
     decay: such as 0.999. warmup: use min(decay, (1 + step) / (10 + step)), which forgets the first weights quickly.
     The average of a half-precision parameter is kept in float32, where small changes don't round away. Buffers (such
     as BatchNorm statistics) are not averaged: the network's own go with the average.
+
+    leaves: where a strategy keeps each parameter, by default in the network; refresh: what makes the network's
+    forward see what was written there (``Engine`` has both).
     """
 
-    def __init__(self, network: nn.Module, decay: float, warmup: bool = True) -> None:
-        self.network, self.decay, self.warmup = network, decay, warmup
-        self._names = [name for name, _ in network.named_parameters()]
-        places = {id(parameter): place for place, parameter in enumerate(network.parameters())}
-        # tied weights have one average and several names
-        named = network.named_parameters(remove_duplicate=False)
-        self._place = {name: places[id(parameter)] for name, parameter in named}
-        self._parameters = [parameter.detach() for parameter in network.parameters()]
-        self._averages = [_wide(parameter).clone() for parameter in self._parameters]
+    def __init__(
+        self,
+        network: nn.Module,
+        decay: float,
+        warmup: bool = True,
+        leaves: Mapping[str, Leaf] | None = None,
+        refresh: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.network, self.decay, self.warmup, self.refresh = network, decay, warmup, refresh
+        self.leaves = dict(network.named_parameters()) if leaves is None else leaves
+        self.averages = {name: like(leaf, _wide(leaf.dtype)) for name, leaf in self.leaves.items()}
+        # the pieces that lie on this rank, in place: no update needs another rank
+        self._parameters = [local(leaf) for leaf in self.leaves.values()]
+        self._averages = [local(leaf) for leaf in self.averages.values()]
 
     def decay_at(self, step: int) -> float:
         """The decay of the update that made the step counter ``step`` (so 1 for the first)."""
@@ -35,7 +45,7 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the network's present weights."""
-        weights = [_wide(parameter) for parameter in self._parameters]
+        weights = [parameter.to(_wide(parameter.dtype)) for parameter in self._parameters]
         torch._foreach_lerp_(self._averages, weights, 1 - self.decay_at(step))
 
     @contextmanager
@@ -44,19 +54,24 @@ class EMA:
         own = [parameter.clone() for parameter in self._parameters]
         try:
             torch._foreach_copy_(self._parameters, self._averages)
+            self.refresh()
             yield
         finally:
             torch._foreach_copy_(self._parameters, own)
+            self.refresh()
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """The network's state dict, by the network's own names, with the averages in place of the parameters."""
-        averages = {name: self._averages[place] for name, place in self._place.items()}
-        return {name: averages.get(name, value) for name, value in self.network.state_dict().items()}
+        places = {id(parameter): self.averages[name] for name, parameter in self.network.named_parameters()}
+        # tied weights have one average and several names
+        tied = self.network.named_parameters(remove_duplicate=False)
+        return self.network.state_dict() | {name: places[id(parameter)] for name, parameter in tied}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises KeyError where an average is missing."""
-        torch._foreach_copy_(self._averages, [state[name] for name in self._names])
+    def load_state_dict(self, state: Mapping[str, Tensor], fetch: Callable[[Tensor], Tensor] = lambda t: t) -> None:
+        """``fetch`` brings a tensor to this rank. Raises KeyError where an average is missing."""
+        for name, average in self.averages.items():
+            put(average, fetch(state[name]))
 
 
-def _wide(parameter: Tensor) -> Tensor:
-    return parameter.float() if parameter.dtype in (torch.float16, torch.bfloat16) else parameter
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -2,6 +2,7 @@
 
 FINISHED, FAILED, INPUT = 0, 1, 2
 TRY_AGAIN = 75  # stopped by SIGTERM or SIGUSR1, after saving (EX_TEMPFAIL of sysexits.h)
+SMALLER = 76  # out of memory: to be started again, with smaller micro-batches
 INTERRUPTED = 130  # stopped by SIGINT, after saving
 
 
@@ -15,3 +16,7 @@ class CheckpointError(RuntimeError):
 
 class BadGradientError(RuntimeError):
     """A gradient was not finite, and the policy or its budget says stop."""
+
+
+class OutOfMemoryRestart(RuntimeError):
+    """Out of memory where the job has to begin again, with smaller micro-batches. The process ends with code 76."""

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from fabric_trainer.errors import InputError
 from fabric_trainer.order import Order, Sequential
 from fabric_trainer.random import mixed, seed_torch
+from fabric_trainer.ranks import Ranks, data_parallel
 from fabric_trainer.task import Task
 from fabric_trainer.window import MicroBatches, loader, to_device
 
@@ -39,7 +40,8 @@ class Split:
         plan = Sequential(len(dataset))  # type: ignore[arg-type]
         if plan.samples == 0:
             raise InputError(f"{type(task).__name__} has an evaluation split without samples; return None instead")
-        order = Order(plan, micro_batch_size, 1, fabric.world_size, fabric.global_rank)
+        self.ranks = data_parallel(fabric)
+        order = Order(plan, micro_batch_size, 1, self.ranks.size, self.ranks.rank)
         spans = map(order.span, range(min(order.first_window(1), limit_batches or plan.samples)))
         rows = [rows for span in spans for rows in order.micro_batches(span)]
         self.seed = mixed(_EVALUATION, seed)
@@ -54,14 +56,16 @@ def evaluate(fabric: Fabric, task: Task, network: nn.Module, split: Split) -> di
     The network's training flags are as before afterwards; torch's generators are seeded anew.
     """
     meters = {name: meter.to(fabric.device) for name, meter in task.meters().items()}
+    for meter in meters.values():
+        meter.process_group = split.ranks.group
     sums: dict[str, Tensor] = {}
     with evaluating(network):
-        seed_torch(fabric.device, split.seed, fabric.global_rank)
+        seed_torch(fabric.device, split.seed, split.ranks.rank)
         for batch in split.batches:
             for name, value in task.evaluate(network, to_device(batch, fabric.device), meters).items():
                 value = value.detach().to(fabric.device, _wide(fabric.device))
                 sums[name] = sums[name] + value if name in sums else value
-    figures = task.figures(_over_ranks(fabric, sums))
+    figures = task.figures(_over_ranks(split.ranks, sums))
     return figures | {name: float(meter.compute()) for name, meter in meters.items()}
 
 
@@ -77,11 +81,11 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _over_ranks(fabric: Fabric, sums: dict[str, Tensor]) -> dict[str, float]:
+def _over_ranks(ranks: Ranks, sums: dict[str, Tensor]) -> dict[str, float]:
     if not sums:
         return {}
-    total = fabric.all_reduce(torch.stack(list(sums.values())), reduce_op="sum")
-    return dict(zip(sums, total.tolist(), strict=True))  # type: ignore[union-attr]
+    total = ranks.sum(torch.stack(list(sums.values())))
+    return dict(zip(sums, total.tolist(), strict=True))
 
 
 def _wide(device: torch.device) -> torch.dtype:

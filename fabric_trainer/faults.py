@@ -7,43 +7,78 @@ import os
 import signal
 import sys
 import threading
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fabric_trainer.config import FaultsConfig
 from fabric_trainer.errors import INTERRUPTED, TRY_AGAIN, BadGradientError
+from fabric_trainer.ranks import data_parallel
+
+MOST_HALVINGS = 16
 
 
 class Agreement(NamedTuple):
     """What all ranks know of a window before its first forward."""
 
-    weight: float  # of the whole window, over all ranks
-    stop: int  # 0, or the exit code with which to leave after this update
-    minutes: float  # of training, by rank 0's clock
+    weight: float = 0.0  # of the whole window, over all ranks
+    stop: int = 0  # or the exit code with which to leave after this update
+    minutes: float = 0.0  # of training, by rank 0's clock
+    halvings: int = 0  # of the micro-batch, so far, on the rank that needed most
 
 
-class Agree:
-    """One small all-reduce per window, on the host: no device waits for it, and none is made for a single process."""
+class Agree(AbstractContextManager["Agree"]):
+    """One small all-reduce per window, on the host: no device waits for it, and none is made for a single process.
+
+    ``ask`` for a window while the one before is computed, ``answer`` when it is its turn: by then it is there. What
+    one rank wants (to stop, smaller micro-batches) holds for all from the window on with which it was sent.
+    """
 
     def __init__(self, fabric: Fabric) -> None:
-        self.is_zero = fabric.is_global_zero
+        self.is_zero, self.speaks = fabric.is_global_zero, data_parallel(fabric).speaks
         self.group: torch.distributed.ProcessGroup | None = None
         if fabric.world_size > 1:
             self.group = torch.distributed.new_group(backend="gloo")  # type: ignore[assignment]
+        self._own = Agreement()
+        self._numbers = torch.zeros(4 + MOST_HALVINGS, dtype=torch.float64)
+        self._work: Any = None
 
-    def __call__(self, weight: float, stop: int = 0, minutes: float = 0.0) -> Agreement:
+    def ask(self, weight: float, stop: int = 0, minutes: float = 0.0, halvings: int = 0) -> None:
+        """Send this rank's part; the weight of the window that comes next."""
+        self._own = Agreement(weight, stop, minutes, halvings)
         if self.group is None:
-            return Agreement(weight, stop, minutes)
-        numbers = [weight, stop == INTERRUPTED, stop == TRY_AGAIN, minutes if self.is_zero else 0.0]
-        total = torch.tensor(numbers, dtype=torch.float64)
-        torch.distributed.all_reduce(total, group=self.group)
-        weight, interrupted, try_again, minutes = total.tolist()
-        return Agreement(weight, INTERRUPTED if interrupted else TRY_AGAIN if try_again else 0, minutes)
+            return
+        own, clock = weight if self.speaks else 0.0, minutes if self.is_zero else 0.0
+        most = [halvings == count for count in range(1, MOST_HALVINGS + 1)]  # the largest, by a sum
+        self._numbers = torch.tensor([own, stop == INTERRUPTED, stop == TRY_AGAIN, clock, *most], dtype=torch.float64)
+        self._work = torch.distributed.all_reduce(self._numbers, group=self.group, async_op=True)
+
+    def answer(self, stop: int = 0) -> Agreement:
+        """What all ranks know of that window now. stop: a single process can still change its mind."""
+        if self.group is None:
+            return self._own._replace(stop=stop or self._own.stop)
+        self._work.wait()
+        weight, interrupted, try_again, minutes, *counts = self._numbers.tolist()
+        halvings = max((count for count, ranks in enumerate(counts, 1) if ranks), default=0)
+        return Agreement(weight, INTERRUPTED if interrupted else TRY_AGAIN if try_again else 0, minutes, halvings)
+
+    def __call__(self, weight: float) -> Agreement:
+        """Ask and wait: for loops that prepare nothing ahead."""
+        self.ask(weight)
+        return self.answer()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Give the group back; after an error nobody may be there to wait for."""
+        if self.group is not None and kind is None:
+            if self._work is not None:
+                self._work.wait()
+            torch.distributed.destroy_process_group(self.group)
 
 
 class StopSignals:
@@ -101,12 +136,8 @@ class Guard:
     ) -> None:
         self.optimizer, self.config, self.scaler = optimizer, config, scaler
         self.bare: Optimizer = getattr(optimizer, "optimizer", optimizer)
-        groups = self.bare.param_groups
-        fused = all(group.get("fused") for group in groups)
-        device = groups[0]["params"][0].device
-        # on a CPU reading the norm costs less than handing over a flag
-        self.on_device = fused and device.type != "cpu" if on_device is None else on_device
-        self.on_device = self.on_device and scaler is None and config.nonfinite == "skip"
+        wanted = self._kernel_takes_flag() if on_device is None else on_device
+        self.on_device = wanted and scaler is None and config.nonfinite == "skip"
         # a forward with a NaN in it reaches running statistics before any gradient is known
         norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self._statistics = [buffer for module in norms for buffer in module.buffers()]
@@ -119,6 +150,11 @@ class Guard:
         """Remember the running statistics; call before the window's first forward."""
         if self._statistics:
             torch._foreach_copy_(self._statistics_before, self._statistics)
+
+    def undo_forward(self) -> None:
+        """The running statistics as they were ``before_forward``."""
+        if self._statistics:
+            torch._foreach_copy_(self._statistics, self._statistics_before)
 
     def step(self, norm: Tensor) -> None:
         """Step with the present gradients, whose norm is ``norm``, unless it isn't finite. Raises BadGradientError
@@ -144,9 +180,19 @@ class Guard:
             raise BadGradientError(f"the gradient's norm is {value}; faults.nonfinite: skip would leave the update out")
         if not bad or self.scaler is not None:  # a scaler leaves the update out by itself, and must lower its scale
             self.optimizer.step()
-        if bad and self._statistics:
-            torch._foreach_copy_(self._statistics, self._statistics_before)
-        self._pending = bad
+        self.conclude(norm, bad)
+
+    def conclude(self, norm: Tensor, bad: bool) -> None:
+        """Remember what became of the step; after a bad one the running statistics are those before its forward."""
+        if bad:
+            self.undo_forward()
+        self._norm, self._pending = norm, bad
+
+    def _kernel_takes_flag(self) -> bool:
+        """Fused kernels do. On a CPU reading the norm costs less than handing a flag over; on shards none was tried."""
+        parameters = [parameter for group in self.bare.param_groups for parameter in group["params"]]
+        plain = not any(isinstance(parameter, DTensor) for parameter in parameters)
+        return plain and parameters[0].device.type != "cpu" and all(g.get("fused") for g in self.bare.param_groups)
 
     def _lacks_momentum(self) -> bool:
         """Whether this is SGD's first step with momentum: its fused kernel makes the buffers uninitialised and, where

@@ -11,7 +11,6 @@ from typing import Any
 from lightning.fabric import Fabric
 
 from fabric_trainer.boundary import Boundary
-from fabric_trainer.clip import clip_gradients
 from fabric_trainer.config import Config
 from fabric_trainer.errors import BadGradientError
 from fabric_trainer.faults import Agree, StopSignals
@@ -19,7 +18,7 @@ from fabric_trainer.random import seed_torch
 from fabric_trainer.record import Record, Update
 from fabric_trainer.state import State
 from fabric_trainer.task import Task
-from fabric_trainer.window import windows
+from fabric_trainer.window import EMPTY, windows
 
 
 def fit(
@@ -40,11 +39,12 @@ def fit(
     CheckpointError where saving fails; an exception of the task's goes through.
     """
     state = state or State(fabric, task, config, saved)
-    network, counters, device = state.network, state.counters, fabric.device
-    trainable, clip = state.trainable, config.clip
-    agree = Agree(fabric)
+    network, engine, counters, device = state.network, state.engine, state.counters, fabric.device
+    memory = state.memory
+    memory.folder = folder
     with (
         _frozen_collector(),
+        Agree(fabric) as agree,
         StopSignals() as signals,
         Record(state, folder) as record,
         Boundary(state, record, folder) as boundary,
@@ -54,49 +54,74 @@ def fit(
             state.train_set,
             state.order,
             config.seed,
-            counters.window,
+            range(counters.window, state.windows),
             config.data.num_workers,
             pin_memory=device.type == "cuda",
         )
         network.train()
+        window = next(stream, EMPTY)
+        agree.ask(window.weight)
         while not state.finished and not state.stopped:
             # the micro-batches of one update, and what all ranks know of it
-            window = next(stream)
-            weight, state.stopped, minutes = agree(window.weight, signals.stop, state.tick())
+            weight, state.stopped, minutes, memory.halvings = agree.answer(signals.stop)
             update = Update(window, weight)
 
             if weight > 0:
-                # forward and backward: the gradient of the mean over the whole window
-                seed_torch(device, config.seed, window.span.window, fabric.global_rank)
-                state.guard.before_forward()
-                for batch, last in window.on(device):
-                    with accumulating(fabric, network, not last):
-                        loss = task.loss(network, batch)
-                        fabric.backward(loss.total / (weight / fabric.world_size))
-                    update.add(loss)
+                compute_gradients(state, record, update)
 
+            # the next one's, prepared and agreed on while the device is busy with these
+            window = next(stream, EMPTY)
+            agree.ask(window.weight, signals.stop, state.tick(), memory.halvings)
+
+            if weight > 0:
                 # one step; what became of the one before is known by now, so the step counter is exact
-                if state.scaler is not None:
-                    fabric.strategy.precision.unscale_gradients(state.bare_optimizer)
-                update.norm = clip_gradients(trainable, clip.norm, clip.value, clip.p)
+                update.norm = engine.clip()
                 settle(state, record)
                 update.rates = state.set_learning_rate()
                 state.guard.step(update.norm)
                 state.open = update
-                for parameter in trainable:
-                    parameter.grad = None
+                engine.drop_gradients()
             else:
                 counters.empty += 1
 
             # log, evaluate and save where that is due
             counters.window += 1
-            if boundary.due(window.span, minutes):
+            if boundary.due(update.window.span, minutes):
                 settle(state, record)
-                boundary.act(window.span)
+                boundary.act(update.window.span)
             fabric.call("on_update_end", state=state, metrics=boundary.metrics)
     fabric.barrier()
     fabric.call("on_fit_end", state=state, metrics=boundary.metrics)
     return state
+
+
+def compute_gradients(state: State, record: Record, update: Update) -> None:
+    """The gradient of the mean over the window, in smaller pieces where the micro-batches don't fit."""
+    while not update.complete:
+        try:
+            backward(state, update)
+        except RuntimeError as error:
+            state.memory.ran_out(error)
+        if not update.complete:  # out of memory: forget this attempt, whose tensors went with the error
+            update.sums.clear()
+            state.engine.drop_gradients()
+            state.guard.undo_forward()
+            state.memory.release()
+            record.tell(f"window {update.window.span.window}: out of memory, now {state.memory.rows} rows a forward")
+    state.engine.reduce_gradients()
+
+
+def backward(state: State, update: Update) -> None:
+    """Forward and backward of this rank's micro-batches; gradients are exchanged with the last."""
+    fabric, network, window, ranks = state.fabric, state.network, update.window, state.ranks
+    seed_torch(fabric.device, state.config.seed, window.span.window, ranks.rank)
+    state.guard.before_forward()
+    for batch, last in window.on(fabric.device, state.memory.rows):
+        with accumulating(fabric, network, not last):
+            loss = state.task.loss(network, batch)
+            fabric.backward(loss.total / (update.weight / ranks.size))
+        update.add(loss)
+    update.complete = True
 
 
 def settle(state: State, record: Record) -> None:
@@ -115,7 +140,7 @@ def settle(state: State, record: Record) -> None:
         return
     counters.skipped += 1
     window, budget = update.window.span.window, state.config.faults.budget
-    if state.scaler is not None:  # lowers its scale and goes on: no sign of trouble
+    if state.engine.scaler is not None:  # lowers its scale and goes on: no sign of trouble
         return
     record.print(f"window {window}: gradient norm {verdict.norm}, update left out ({counters.skipped} of {budget})")
     if counters.skipped > budget:

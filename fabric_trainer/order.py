@@ -6,7 +6,6 @@ depends on what was drawn before, so resuming in the middle of an epoch is arith
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -164,12 +163,6 @@ class Order:
         """How many micro-batches ``micro_batches(span)`` has: the same on every rank."""
         rows = -(-span.samples // self.world_size)
         return -(-rows // self.micro_batch_size)
-
-    def spans(self, window: int = 0) -> Iterator[Span]:
-        """The windows from number ``window`` on, without end."""
-        while True:
-            yield self.span(window)
-            window += 1
 
     def _compute_cuts(self, epoch: int) -> np.ndarray:
         """Where the epoch's windows start and end: int64 (windows + 1,), from 0 to the length."""

@@ -30,6 +30,7 @@ class Update:
     sums: list[Tensor] = field(default_factory=list)  # this rank's, len(names) per micro-batch
     norm: Tensor = NO_NORM
     rates: dict[str, float] = field(default_factory=dict)
+    complete: bool = False  # every micro-batch has had its backward
     step: int = 0  # set once it is known to be applied
     samples: int = 0
 
@@ -68,6 +69,13 @@ class Record(AbstractContextManager["Record"]):
         """A line on rank 0's terminal, above the progress bar."""
         if self.progress is not None:
             self.progress.print(line)
+
+    def tell(self, line: str) -> None:
+        """A line from whichever rank has something to say."""
+        if self.progress is not None:
+            self.progress.print(line)
+        else:
+            print(f"rank {self.fabric.global_rank}: {line}", flush=True)
 
     def add(self, update: Update) -> None:
         self.updates.append(update)
@@ -130,9 +138,9 @@ class Record(AbstractContextManager["Record"]):
                 total[update.names[i % len(update.names)]] += next(values)
             sums.append(total)
             norms.append(next(values))
-        if self.fabric.world_size > 1:
+        if self.state.ranks.size > 1:
             own = torch.tensor([list(total.values()) for total in sums], dtype=wide, device=self.fabric.device)
-            over_ranks = self.fabric.all_reduce(own, reduce_op="sum").tolist()  # type: ignore[union-attr]
+            over_ranks = self.state.ranks.sum(own).tolist()
             sums = [dict(zip(t, row, strict=True)) for t, row in zip(sums, over_ranks, strict=True)]
         return sums, norms
 

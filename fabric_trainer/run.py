@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fabric_trainer import checkpoint
-from fabric_trainer.config import Command, Config, flatten, to_yaml
+from fabric_trainer.command import Command
+from fabric_trainer.config import Config, flatten, to_yaml
 from fabric_trainer.errors import InputError
 from fabric_trainer.files import write_atomically
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,20 +10,22 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.seed import seed_everything
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fabric_trainer import schedule
 from fabric_trainer.batch import rescaled, resolve_accumulate
-from fabric_trainer.config import Config, check
+from fabric_trainer.config import Config, FsdpConfig, check
 from fabric_trainer.ema import EMA
+from fabric_trainer.engine import make_engine
 from fabric_trainer.errors import InputError
 from fabric_trainer.evaluate import Split
-from fabric_trainer.faults import Guard
+from fabric_trainer.fsdp import check_resettable
 from fabric_trainer.history import History
-from fabric_trainer.optim import build_optimizer
+from fabric_trainer.memory import Memory
 from fabric_trainer.order import Accumulate, Order, accumulation
-from fabric_trainer.portable import load_network_state, load_optimizer_state, optimizer_state
+from fabric_trainer.portable import fetch, optimizer_groups
+from fabric_trainer.ranks import data_parallel
 from fabric_trainer.task import Task
 
 FORMAT = 1
@@ -68,20 +71,21 @@ class State:
     ) -> None:
         check(config)  # of whoever made it without the command line
         self.fabric, self.task, self.config = fabric, task, config
+        self.ranks = data_parallel(fabric)
         self.train_set = _require(task, "train")
         self.val_set = task.dataset("val")
         self._splits: dict[str, Split] = {}
         self.accumulate: Accumulate = (
-            rescaled(saved["batch"], config.batch, fabric.world_size, given)
+            rescaled(saved["batch"], config.batch, self.ranks.size, given)
             if saved
-            else resolve_accumulate(config.batch, fabric.world_size)
+            else resolve_accumulate(config.batch, self.ranks.size)
         )
         self.order = Order(
             task.plan(self.train_set, config.seed),
             config.batch.micro_batch_size,
             self.accumulate,
-            fabric.world_size,
-            fabric.global_rank,
+            self.ranks.size,
+            self.ranks.rank,
         )
         self.steps = self._length()
         try:
@@ -91,18 +95,18 @@ class State:
         self.plateau = schedule.Plateau(config.schedule, config.checkpoint.mode)
 
         seed_everything(config.seed, verbose=False)
-        self.module: nn.Module = task.network()
-        precision = fabric.strategy.precision
-        self.scaler = getattr(precision, "scaler", None)
-        # before the optimizer: some (Adagrad) make their state at once, and Fabric moves only the network
-        precision.convert_module(self.module).to(fabric.device)
-        optimizer = build_optimizer(self.module, config.optim, fabric.device.type, scaled=self.scaler is not None)
-        self.network, self.optimizer = fabric.setup(self.module, optimizer)
-        self.bare_optimizer = optimizer
-        self.trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.peaks = [group["lr"] for group in optimizer.param_groups]
-        self.ema = EMA(self.module, config.ema.decay, config.ema.warmup) if config.ema.decay is not None else None
-        self.guard = Guard(self.optimizer, self.module, config.faults, self.scaler)
+        network = build_network(task, config.fabric.fsdp)
+        self.engine = make_engine(fabric, task, network, config, self.accumulate)
+        self.module, self.network = self.engine.module, self.engine.network
+        self.peaks = [group["lr"] for group in self.engine.bare_optimizer.param_groups]
+        self.ema: EMA | None = None
+        if config.ema.decay is not None:
+            engine = self.engine
+            self.ema = EMA(self.module, config.ema.decay, config.ema.warmup, engine.leaves, engine.refresh)
+        self.guard = self.engine.make_guard()
+        oom = config.faults.oom
+        answer = ("split" if fabric.world_size == 1 else "restart") if oom == "auto" else oom
+        self.memory = Memory(config.batch.micro_batch_size, answer)
 
         self.counters, self.epoch, self.history = Counters(), EpochSums(), History()
         self.open: Any = None  # the update that the guard has not been asked about yet
@@ -120,6 +124,12 @@ class State:
         if run.max_epochs is not None:
             limits.append(self.order.first_window(run.max_epochs))
         return min(limits)
+
+    @property
+    def windows(self) -> int:
+        """How many the run may have: as many as its epochs, or, where only updates are counted, without bound."""
+        run = self.config.run
+        return sys.maxsize if run.max_epochs is None else self.order.first_window(run.max_epochs)
 
     # ---- where the run is ---------------------------------------------------------------------------------------
 
@@ -153,14 +163,14 @@ class State:
         """Set every group's rate for the next update; returns ``lr/<group>`` -> rate."""
         share = self.share(self.counters.step) * self.plateau.share
         rates = {}
-        for group, peak in zip(self.bare_optimizer.param_groups, self.peaks, strict=True):
+        for group, peak in zip(self.engine.bare_optimizer.param_groups, self.peaks, strict=True):
             rates["lr/" + group["name"]] = group["lr"] = peak * share
         return rates
 
     def describe(self) -> dict[str, str]:
         """What the start-up summary says beside the modules."""
-        fabric, order, config = self.fabric, self.order, self.config
-        micro, ranks = order.micro_batch_size, fabric.world_size
+        fabric, order, config, engine = self.fabric, self.order, self.config, self.engine
+        micro, ranks = order.micro_batch_size, self.ranks.size
         first = accumulation(self.accumulate, 0, 0)
         changes = "" if isinstance(self.accumulate, int) else f", then by {self.accumulate}"
         precision = getattr(fabric.strategy.precision, "precision", config.fabric.precision)
@@ -172,8 +182,11 @@ class State:
             "samples": f"{order.plan.length(0)} an epoch",
             "schedule": f"{config.schedule.name}: "
             + ", ".join(f"{share * max(self.peaks):.3g} at {step}" for step, share in corners.items()),
-            "optimizer": f"{type(self.bare_optimizer).__name__}, groups "
-            + ", ".join(f"{group['name']} ({len(group['params'])})" for group in self.bare_optimizer.param_groups),
+            "optimizer": f"{type(engine.bare_optimizer).__name__}, groups "
+            + ", ".join(
+                f"{group['name']} ({len(names)})"
+                for group, names in zip(engine.bare_optimizer.param_groups, engine.names, strict=True)
+            ),
             "device": f"{fabric.device}, strategy {config.fabric.strategy}, precision {precision}",
             "threads": str(torch.get_num_threads()),
             "seed": str(config.seed),
@@ -182,18 +195,21 @@ class State:
     # ---- checkpoint ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers, strings, lists and dicts; the tensors are the live ones."""
+        """Leaves, numbers, strings, lists and dicts; the leaves (``portable``) are the live ones."""
         batch = {"micro_batch_size": self.config.batch.micro_batch_size, "accumulate": self.accumulate}
         return {
             "format": FORMAT,
-            "model": self.module.state_dict(),
+            "model": self.engine.weights(),
             "ema": self.ema.state_dict() if self.ema else None,
-            "optimizer": optimizer_state(self.bare_optimizer, self.module),
+            "optimizer": {
+                "state": self.engine.moments(),
+                "groups": optimizer_groups(self.engine.bare_optimizer, self.engine.names),
+            },
             "counters": asdict(self.counters),
-            "batch": batch | {"world_size": self.fabric.world_size, "epoch_samples": self.order.plan.length(0)},
+            "batch": batch | {"world_size": self.ranks.size, "epoch_samples": self.order.plan.length(0)},
             "states": {
                 "plateau": self.plateau.state_dict(),
-                "scaler": self.scaler.state_dict() if self.scaler else {},
+                "scaler": self.engine.scaler_state(),
                 "epoch": asdict(self.epoch),
                 "history": self.history.state_dict(),
                 "owes_evaluation": self.owes_evaluation,
@@ -202,26 +218,29 @@ class State:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue exactly there. Raises InputError where the checkpoint is of another network, optimizer or data."""
+        """Continue exactly there; all ranks together. saved: a file's content, or what ``portable.shared`` made of it.
+        Raises InputError where the checkpoint is of another network, optimizer or data."""
         here, there = self.order.plan.length(0), saved["batch"]["epoch_samples"]
         if here != there:
             raise InputError(f"the run's epoch has {there} samples, this configuration's has {here}: not the same data")
         self.load_weights(saved)
-        load_optimizer_state(self.bare_optimizer, self.module, saved["optimizer"])
+        self.engine.load_moments(saved["optimizer"]["state"], self._fetch)
         self.counters = Counters(**saved["counters"])
         states = saved["states"]
         self.plateau.load_state_dict(states["plateau"])
-        if self.scaler and states["scaler"]:
-            self.scaler.load_state_dict(states["scaler"])
+        self.engine.load_scaler_state(states["scaler"])
         self.epoch = EpochSums(**states["epoch"])
         self.history.load_state_dict(states["history"])
         self.owes_evaluation = states["owes_evaluation"]
 
     def load_weights(self, saved: dict[str, Any]) -> None:
         """The weights and their average alone, strict; an average that was not kept starts at the weights."""
-        load_network_state(self.module, saved["model"], "the checkpoint")
+        self.engine.load_weights(saved["model"], self._fetch, "the checkpoint")
         if self.ema:
-            self.ema.load_state_dict(saved.get("ema") or saved["model"])
+            self.ema.load_state_dict(saved.get("ema") or saved["model"], self._fetch)
+
+    def _fetch(self, value: Tensor) -> Tensor:
+        return fetch(self.fabric, value)
 
 
 def _require(task: Task, split: str) -> Dataset[Any]:
@@ -229,3 +248,13 @@ def _require(task: Task, split: str) -> Dataset[Any]:
     if dataset is None or len(dataset) == 0:  # type: ignore[arg-type]
         raise InputError(f"{type(task).__name__} has no samples in its {split} split")
     return dataset
+
+
+def build_network(task: Task, config: FsdpConfig) -> nn.Module:
+    """The bare network; with ``meta_init`` without memory, to be drawn block by block as it is sharded."""
+    if not config.meta_init:
+        return task.network()
+    with torch.device("meta"):
+        network = task.network()
+    check_resettable(network)
+    return network

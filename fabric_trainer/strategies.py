@@ -1,126 +1,241 @@
-"""From the ``fabric`` section, and what a launcher set, to a Fabric object."""
+"""What each strategy can do, and from a resolved configuration to a Fabric object.
+
+Imports torch and lightning only to make that object, so that ``--strategies`` comes at once.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import re
-from typing import Any
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
-import torch
-from lightning.fabric import Fabric
-
-from fabric_trainer.config import FabricConfig
+from fabric_trainer.config import Config, FabricConfig
 from fabric_trainer.errors import InputError
+from fabric_trainer.launch import VARIABLES, Resolved, device_problems, resolve
 
-STRATEGIES = ("auto", "single", "ddp")
-ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
-PRECISIONS = {"auto": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
-PRECISIONS |= {full: full for full in ("16-mixed", "bf16-mixed", "bf16-true", "32-true", "64-true")}
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import Strategy
+    from rich.table import Table
+
+WIDTH = 120  # of the printed table; a terminal that has fewer columns gets fewer
+START_METHODS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_notebook": "fork"}
 
 
-def make_fabric(config: FabricConfig, callbacks: list[Any] | None = None) -> Fabric:
+@dataclass(frozen=True)
+class Row:
+    """What a strategy can do. oom: its answers to an out-of-memory error, the first of which ``auto`` means."""
+
+    sync: str
+    freezing: str
+    compile: str
+    oom: tuple[str, ...]
+    precisions: tuple[str, ...] = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "transformer-engine")
+    clip_norm: bool = True
+    clip_value: bool = True
+    clip_p: bool = True
+    ema: bool = True
+    full_save: bool = True
+    sharded_save: bool = False
+    cpu: bool = True
+
+
+HEADINGS = {
+    "sync": "gradients synced",
+    "clip_norm": "clip by norm",
+    "clip_value": "clip by value",
+    "clip_p": "clip by p-norm",
+    "ema": "EMA",
+    "freezing": "freezing",
+    "compile": "compile",
+    "full_save": "full save",
+    "sharded_save": "sharded save",
+    "oom": "out of memory",
+    "cpu": "CPU",
+    "precisions": "precision",
+}
+_DDP = Row("last micro-batch", "wraps anew", "whole, blocks", ("restart", "split"))
+_SHARDED = Row(
+    "last micro-batch",
+    "in place",
+    "whole, blocks",
+    ("restart",),
+    ("32-true", "bf16-mixed", "bf16-true", "64-true"),
+    sharded_save=True,
+)
+_OF_FABRIC = ("32-true", "16-mixed", "bf16-mixed", "bf16-true")
+TABLE = {
+    "single": Row("none", "in place", "whole, blocks", ("split", "restart")),
+    "ddp": _DDP,
+    "ddp_spawn": _DDP,
+    "ddp_notebook": _DDP,
+    "fsdp": _SHARDED,
+    "tensor_parallel": _SHARDED,
+    "fsdp1": Row("last micro-batch", "rebuilds", "blocks", ("restart",), _OF_FABRIC, cpu=False),
+    "deepspeed": Row(
+        "ZeRO-1: last micro-batch\nZeRO-2, 3: every backward",
+        "rebuilds",
+        "blocks",
+        ("restart",),
+        _OF_FABRIC,
+        clip_value=False,
+        clip_p=False,
+        cpu=False,
+    ),
+}
+
+
+def make_fabric(config: Config, callbacks: list[Any] | None = None, resolved: Resolved | None = None) -> Fabric:
     """A Fabric, not yet launched. Raises InputError for what can't be, naming the key and what could.
 
-    ``fabric run`` leaves its flags in LT_* variables: the launcher's number of processes is the world; its other
-    flags must equal the configuration's, or meet ``auto`` there.
+    resolved: what ``launch.resolve`` made of the configuration, where the caller has it already. The launcher's LT_*
+    variables are used up here: Fabric would compare them with its own names.
     """
-    aliases = {name: full for name, full in PRECISIONS.items() if name != "auto"}
-    accelerator = _agreed("accelerator", config.accelerator, "LT_ACCELERATOR", {"gpu": "cuda"})
-    strategy = _agreed("strategy", config.strategy, "LT_STRATEGY")
-    precision = _agreed("precision", config.precision, "LT_PRECISION", aliases)
-    _one_of("accelerator", accelerator, ACCELERATORS)
-    _one_of("strategy", strategy, STRATEGIES)
-    _one_of("precision", precision, tuple(PRECISIONS))
-    devices, num_nodes = _world(config)
-    if lacking := device_problems(accelerator, devices, PRECISIONS[precision]):
+    import torch
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins.precision import DoublePrecision
+
+    resolved = resolved or resolve(config.fabric)
+    if lacking := problems(config, resolved):
         raise InputError(lacking[0])
-    count = (devices if isinstance(devices, int) else len(devices)) * num_nodes
-    if strategy == "single" and count > 1:
-        raise InputError(f"fabric.strategy: single is for one device, not {count}")
-    for name in ("LT_ACCELERATOR", "LT_STRATEGY", "LT_PRECISION", "LT_DEVICES", "LT_NUM_NODES", "LT_CLI_USED"):
-        os.environ.pop(name, None)  # resolved here: Fabric would compare them with its own names
+    torch.set_float32_matmul_precision(config.fabric.matmul_precision)
+    torch.backends.cudnn.allow_tf32 = config.fabric.cudnn_tf32
+    strategy = _make_strategy(config, resolved)
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+    double = resolved.precision == "64-true"  # as an object: by its name Fabric refuses it for FSDP2
     return Fabric(
-        accelerator=accelerator,
-        strategy="ddp" if count > 1 else "auto",
-        devices=devices,
-        num_nodes=num_nodes,
-        precision=PRECISIONS[precision],  # type: ignore[arg-type]
+        accelerator=resolved.accelerator,
+        strategy=strategy,
+        devices=resolved.devices,
+        num_nodes=resolved.num_nodes,
+        precision=None if double else resolved.precision,  # type: ignore[arg-type]
+        plugins=[DoublePrecision()] if double else None,
         callbacks=callbacks or [],
     )
 
 
-def problems(config: FabricConfig) -> list[str]:
+def problems(config: Config, resolved: Resolved | None = None) -> list[str]:
     """What this machine lacks for the configuration, a line each; raises InputError where no machine would do."""
-    _one_of("accelerator", config.accelerator, ACCELERATORS)
-    _one_of("strategy", config.strategy, STRATEGIES)
-    _one_of("precision", config.precision, tuple(PRECISIONS))
-    return device_problems(config.accelerator, _devices(config.devices), PRECISIONS[config.precision])
+    resolved = resolved or resolve(config.fabric)
+    check_strategy(config, resolved)
+    found = device_problems(resolved)
+    if resolved.strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        found.append(
+            "fabric.strategy: deepspeed needs the package deepspeed: make install-deepspeed, "
+            "or pip install --no-build-isolation deepspeed"
+        )
+    return found
 
 
 def count_devices(config: FabricConfig) -> int:
-    """Processes that the configuration asks for, over all nodes."""
-    devices = _devices(config.devices)
-    return (devices if isinstance(devices, int) else len(devices)) * config.num_nodes
+    """Processes that the configuration asks for which see different data, over all nodes."""
+    return resolve(config).data_parallel_size
 
 
-def device_problems(accelerator: str, devices: int | list[int], precision: str) -> list[str]:
-    """What this machine lacks, a line each: missing devices, precisions that it can't compute in."""
-    cuda, problems = torch.cuda.is_available(), []
-    on_gpu = accelerator in ("cuda", "gpu") or (accelerator == "auto" and cuda)
-    if accelerator in ("cuda", "gpu") and not cuda and not torch.backends.mps.is_available():
-        problems.append(f"fabric.accelerator: {accelerator} asked for, this machine has none; auto or cpu would do")
-    elif on_gpu and cuda:
-        wanted = devices if isinstance(devices, int) else max(devices, default=0) + 1
-        if wanted > torch.cuda.device_count():
-            problems.append(f"fabric.devices: {devices} asked for, this machine has {torch.cuda.device_count()}")
-    if precision == "16-mixed" and not on_gpu:
-        problems.append("fabric.precision: 16-mixed needs a GPU; bf16-mixed or 32-true run on a CPU")
-    return problems
+def check_strategy(config: Config, resolved: Resolved) -> None:
+    """Raise InputError, in one line, for what the strategy can't do; cheap, and before any data is read."""
+    name, row, fabric = resolved.strategy, TABLE[resolved.strategy], config.fabric
+    world, size, precision = resolved.world_size, resolved.tensor_parallel_size, resolved.precision
+    refusals = [
+        (name == "single" and world > 1, f"fabric.strategy: single is for one device, not {world}"),
+        (
+            resolved.accelerator == "mps" and name != "single",
+            f"fabric.accelerator: mps is one device, for fabric.strategy single; {name} runs on cpu or cuda",
+        ),
+        (
+            resolved.accelerator == "cpu" and not row.cpu,
+            f"fabric.strategy: {name} needs a GPU; {_able('cpu')} run on a CPU",
+        ),
+        (
+            precision not in row.precisions,
+            f"fabric.precision: {name} does not take {precision}; it takes {', '.join(row.precisions)}"
+            + " (bf16-mixed needs no scaler)" * (precision == "16-mixed"),
+        ),
+        (
+            (fabric.tensor_parallel_size or 1) > 1 and name not in ("tensor_parallel", "fsdp"),
+            f"fabric.tensor_parallel_size of {size} is for tensor_parallel and fsdp, not for {name}",
+        ),
+        (world % size > 0, f"fabric.tensor_parallel_size of {size} does not divide the {world} processes"),
+        (
+            config.clip.value is not None and not row.clip_value,
+            f"clip.value: {name} clips by the norm alone; set clip.norm",
+        ),
+        (config.clip.p != 2 and not row.clip_p, f"clip.p: {name} measures the 2-norm alone, not {config.clip.p}"),
+        (
+            config.checkpoint.sharded and not row.sharded_save,
+            f"checkpoint.sharded: {name} saves the one plain file; {_able('sharded_save')} can save shards",
+        ),
+        (
+            config.faults.oom not in ("auto", *row.oom),
+            f"faults.oom: {name} can't {config.faults.oom}, its weights are in shards: auto or {row.oom[0]}",
+        ),
+        (
+            name == "deepspeed" and fabric.deepspeed.offload_parameters and resolved.stage != 3,
+            f"fabric.deepspeed.offload_parameters needs fabric.stage 3, not {resolved.stage}",
+        ),
+    ]
+    for refused, line in refusals:
+        if refused:
+            raise InputError(line)
 
 
-def _agreed(key: str, configured: str, variable: str, same: dict[str, str] = {}) -> str:  # noqa: B006  (read only)
-    """The configured value, or the launcher's flag where the configuration leaves it open; ``same`` has aliases."""
-    launched = os.environ.get(variable)
-    if launched in (None, "auto") or same.get(launched, launched) == same.get(configured, configured):
-        return configured
-    if configured == "auto":
-        return str(launched)
-    raise InputError(
-        f"fabric.{key} is {configured}, the launcher's --{key} is {launched}: give one, or make them equal"
+def strategy_table() -> Table:
+    """TABLE to print: a column for the strategies that can do the same, a row for each thing to be done."""
+    from rich.table import Table
+
+    alike = [("\n".join(name for name, _ in items), row) for row, items in groupby(TABLE.items(), lambda item: item[1])]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in ("", *(names for names, _ in alike)):
+        table.add_column(title, vertical="top")
+    for key, heading in HEADINGS.items():
+        table.add_row(heading, *(_cell(getattr(row, key)) for _, row in alike))
+    return table
+
+
+def _make_strategy(config: Config, resolved: Resolved) -> Strategy | str:
+    name = resolved.strategy
+    if name == "single":
+        return "auto"
+    if name in START_METHODS:
+        return _make_ddp(config, resolved)
+    if name == "deepspeed":
+        from fabric_trainer import zero
+
+        return zero.make_strategy(config, resolved)
+    from fabric_trainer import fsdp
+
+    return fsdp.make_fsdp1(config, resolved) if name == "fsdp1" else fsdp.make_strategy(config, resolved)
+
+
+def _make_ddp(config: Config, resolved: Resolved) -> Strategy:
+    from datetime import timedelta
+
+    from lightning.fabric.strategies import DDPStrategy
+
+    from fabric_trainer.ddp import UnsyncedDDP
+
+    timeout, start_method = timedelta(minutes=config.fabric.timeout), START_METHODS[resolved.strategy]
+    if config.faults.oom == "split":
+        return UnsyncedDDP(start_method=start_method, timeout=timeout)
+    return DDPStrategy(
+        start_method=start_method,  # type: ignore[arg-type]
+        timeout=timeout,
+        find_unused_parameters=resolved.find_unused_parameters,
+        static_graph=config.fabric.ddp.static_graph,
+        gradient_as_bucket_view=config.fabric.ddp.gradient_as_bucket_view,
     )
 
 
-def _world(config: FabricConfig) -> tuple[int | list[int], int]:
-    """Devices of this node and number of nodes."""
-    launched = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LT_DEVICES")
-    if launched is None:
-        return _devices(config.devices), config.num_nodes
-    here = int(launched) if launched.isdigit() else 1
-    if config.devices not in ("auto", here, str(here)):
-        raise InputError(
-            f"fabric.devices is {config.devices} and the launcher started {here} process{'es' * (here > 1)}: "
-            "leave it at auto, or make them equal"
-        )
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("LT_NUM_NODES") or 1)
-    if config.num_nodes not in (1, nodes):
-        raise InputError(f"fabric.num_nodes is {config.num_nodes} and the launcher started {nodes}")
-    return here, nodes
+def _able(ability: str) -> str:
+    """The strategies that have it: "fsdp and tensor_parallel"."""
+    *names, last = [name for name, row in TABLE.items() if getattr(row, ability)]
+    return f"{', '.join(names)} and {last}"
 
 
-def _devices(devices: int | str | list[int]) -> int | list[int]:
-    if devices == "auto":
-        return 1
-    if isinstance(devices, str):
-        if not re.fullmatch(r"-?[0-9]+", devices):
-            raise InputError(f"fabric.devices must be auto, -1, a number or a list, not {devices!r}")
-        devices = int(devices)
-    if devices == -1:
-        return max(1, torch.cuda.device_count())
-    if devices == [] or (isinstance(devices, int) and devices < 1):
-        raise InputError(f"fabric.devices must name at least one device (-1: all), not {devices}")
-    return devices
-
-
-def _one_of(key: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise InputError(f"fabric.{key} must be one of {', '.join(accepted)}, not {value}")
+def _cell(value: bool | str | tuple[str, ...]) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else "\n".join(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -78,6 +78,11 @@ class Task:
     def network(self) -> nn.Module:
         """The bare network, on the CPU; built right after the seed was set."""
         raise NotImplementedError(f"{type(self).__name__} must define network()")
+
+    def blocks(self, network: nn.Module) -> Iterable[nn.Module]:
+        """The repeated parts, such as a transformer's layers, inner ones first: what is sharded one at a time. Without
+        any the whole network is gathered at once, which saves no memory in the forward."""
+        return []
 
     def weight(self, batch: Batch) -> Tensor | float:
         """How much this batch counts in the loss's denominator, on the host. Default: samples, padding left out.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import tee
+from itertools import count, tee
 from typing import Any
 
 import torch
@@ -23,13 +23,34 @@ class Window:
     micro_batches: list[Batch]
     weight: float  # what Task.weight counts, summed over this rank's micro-batches
 
-    def on(self, device: torch.device) -> Iterator[tuple[Batch, bool]]:
-        """(micro-batch on the device, whether it is the last), each copied while the one before it is computed."""
-        following = to_device(self.micro_batches[0], device)
-        for batch in self.micro_batches[1:]:
+    def on(self, device: torch.device, rows: int | None = None) -> Iterator[tuple[Batch, bool]]:
+        """(micro-batch on the device, whether it is the last), each copied while the one before it is computed; in
+        pieces of at most ``rows`` rows."""
+        batches = self.micro_batches if rows is None else [p for batch in self.micro_batches for p in cut(batch, rows)]
+        following = to_device(batches[0], device)
+        for batch in batches[1:]:
             current, following = following, to_device(batch, device)
             yield current, False
         yield following, True
+
+
+def cut(batch: Batch, rows: int) -> list[Batch]:
+    """The batch in pieces of at most ``rows`` rows: what has a row per sample is cut, the rest goes along."""
+    size = len(batch["index"])
+    if size <= rows:
+        return [batch]
+    return [{k: _rows(v, slice(i, i + rows), size) for k, v in batch.items()} for i in range(0, size, rows)]
+
+
+def _rows(value: Any, rows: slice, size: int) -> Any:
+    if isinstance(value, dict):
+        return {key: _rows(item, rows, size) for key, item in value.items()}
+    if isinstance(value, torch.Tensor) and value.ndim == 0:
+        return value
+    return value[rows] if hasattr(value, "__len__") and not isinstance(value, str) and len(value) == size else value
+
+
+EMPTY = Window(Span(-1, -1, 0, 0, False), [], 0.0)  # after the last
 
 
 class MicroBatches(Dataset[Batch]):
@@ -57,12 +78,12 @@ def windows(
     dataset: Dataset[Any],
     order: Order,
     seed: int = 0,
-    first: int = 0,
+    numbers: range | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Window]:
-    """This rank's windows from number ``first`` on, without end: epochs follow one another without a pause."""
-    ahead, spans = tee(order.spans(first))  # workers run ahead
+    """This rank's windows of these numbers, or all without end: epochs follow one another without a pause."""
+    ahead, spans = tee(map(order.span, count() if numbers is None else numbers))  # workers run ahead
     rows = (rows for span in ahead for rows in order.micro_batches(span))
     batches = iter(loader(MicroBatches(task, dataset, seed, training=True), rows, num_workers, pin_memory))
     for span in spans:

@@ -143,6 +143,9 @@ def test_dry_run_writes_nothing(home, capsys):
     before = sorted(home.rglob("*"))
     assert run("--dry_run") == 0
     assert capsys.readouterr().out == "the configuration is valid\n"
+    assert "does not divide the 3 processes" in error(
+        capsys, "--dry_run", "--fabric.devices=3", "--fabric.strategy=fsdp", "--fabric.tensor_parallel_size=2"
+    )
     assert run("--dry_run", "--fabric.accelerator", "cuda", "--fabric.precision", "16-mixed") == 0
     out = capsys.readouterr().out
     if not torch.cuda.is_available():
@@ -168,6 +171,10 @@ WRONG = {
     "init_from": (["--init_from", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
     "strategy": (["--fabric.strategy", "tpu"], "fabric.strategy must be one of"),
     "devices": (["--fabric.devices", "zwei"], "fabric.devices must be"),
+    "a section's key": (["--fabric.ddp.statik", "true"], "--fabric.ddp.statik"),
+    "predict": (["--predict", "last"], "--predict last needs --out FILE"),
+    "a GPU's strategy": (["--fabric.strategy", "fsdp1"], "fsdp1 needs a GPU"),
+    "sharded": (["--checkpoint.sharded", "true"], "fsdp and tensor_parallel can save shards"),
     "precision": (["--fabric.precision", "8"], "fabric.precision must be one of"),
 }
 

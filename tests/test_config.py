@@ -14,7 +14,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from fabric_trainer.batch import divided, rescaled, resolve_accumulate
-from fabric_trainer.config import BatchConfig, Config, check, data_root, flatten, load, parse, to_yaml
+from fabric_trainer.command import load, parse
+from fabric_trainer.config import BatchConfig, Config, FsdpConfig, check, data_root, flatten, to_yaml
 from fabric_trainer.errors import InputError
 from fabric_trainer.order import check_accumulate
 
@@ -56,12 +57,12 @@ def test_neither_torch_nor_lightning_is_imported(tmp_path):
     (tmp_path / "some.yaml").write_text(BASE + "optim: {lr: 1e-3}\n")
     program = f"""
 import sys
-import fabric_trainer.config as config
-command, parsed = config.parse(["--config={tmp_path}/some.yaml", "--optim.lr=1e-4", "--dry_run"])
+from fabric_trainer.command import InputError, parse
+command, parsed = parse(["--config={tmp_path}/some.yaml", "--optim.lr=1e-4", "--dry_run"])
 assert parsed.optim.lr == 1e-4 and command.dry_run
 try:
-    config.parse(["--config={tmp_path}/some.yaml", "--optim.lrr=1e-4"])
-except config.InputError:
+    parse(["--config={tmp_path}/some.yaml", "--optim.lrr=1e-4"])
+except InputError:
     print(sorted({{name.split(".")[0] for name in sys.modules}} & {{"torch", "lightning", "torchmetrics", "wandb"}}))
 """
     run = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
@@ -87,6 +88,13 @@ except config.InputError:
         ("faults: {nonfinite: ignore}", "faults.nonfinite"),
         ("evaluate: {every: 5}", "evaluate.every"),
         ("loggers: {wandb: {projekt: x}}", "projekt"),
+        ("fabric: {ddp: 5}", "fabric.ddp"),
+        ("fabric: {ddp: {statik: true}}", "statik"),
+        ("fabric: {fsdp: {sharding: HYBRID}}", "fabric.fsdp.sharding"),
+        ("fabric: {stage: 4}", "fabric.stage"),
+        ("fabric: {fsdp: {param_dtype: fp8}}", "fabric.fsdp.param_dtype"),
+        ("fabric: {matmul_precision: higher}", "fabric.matmul_precision"),
+        ("faults: {oom: ignore}", "faults.oom"),
         (": : [", "config"),
     ],
 )
@@ -96,7 +104,18 @@ def test_wrong_keys_and_types_are_named_in_one_line(tmp_path, text, named):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--opt.lr=1"], ["--optim.l=1"], ["--res", "auto"], ["--over"], ["--dry"], ["stray"], ["--optim.lrr", "1"]],
+    [
+        ["--opt.lr=1"],
+        ["--optim.l=1"],
+        ["--fabric.ddp.static", "true"],
+        ["--res", "auto"],
+        ["--over"],
+        ["--dry"],
+        ["--strat"],
+        ["stray"],
+        ["--optim.lrr", "1"],
+        ["--fabric.ddp.statik", "1"],
+    ],
 )
 def test_nothing_is_abbreviated_or_ignored_on_the_command_line(tmp_path, arguments):
     assert arguments[0] in refusal(parsed, tmp_path, BASE, *arguments)
@@ -131,6 +150,57 @@ def test_the_command_line_wins_and_says_what_it_set(tmp_path):
     assert (config.batch.accumulate, config.seed) == (4, 7)
     assert made.given == {"batch.accumulate", "seed"}
     assert (made.resume, made.config_name, made.overwrite, made.split) == ("auto", "some", False, "val")
+
+
+# ---- sections in sections -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key, text, value",
+    [
+        ("fabric.ddp.static_graph", "true", True),
+        ("fabric.fsdp.blocks", "[Block, Head]", ["Block", "Head"]),
+        ("fabric.fsdp.blocks", "1000000", 1_000_000),
+        ("fabric.fsdp.reduce_dtype", "fp32", "fp32"),
+        ("fabric.deepspeed.config", "zero.json", "zero.json"),
+        ("fabric.deepspeed.config", '{"bf16": {"enabled": "auto"}}', {"bf16": {"enabled": "auto"}}),
+        ("fabric.activation_checkpointing", "[Block]", ["Block"]),
+        ("fabric.stage", "3", 3),
+        ("fabric.tensor_parallel_size", "2", 2),
+        ("checkpoint.sharded", "true", True),
+        ("faults.oom", "restart", "restart"),
+    ],
+)
+def test_nested_keys_read_alike_and_read_back(tmp_path, key, text, value):
+    *sections, name = key.split(".")
+    nested = f"{name}: {text}"
+    for section in reversed(sections):
+        nested = f"{section}: {{{nested}}}"
+    made, from_command = command(tmp_path, BASE, f"--{key}", text)
+    assert made.given == {key}
+    for config in (parsed(tmp_path, BASE + nested), from_command):
+        target = config
+        for section in sections:
+            target = getattr(target, section)
+        assert getattr(target, name) == value
+        (tmp_path / "written.yaml").write_text(to_yaml(config))
+        assert load(tmp_path / "written.yaml") == config
+
+
+# ---- what to do -----------------------------------------------------------------------------------------------------
+
+
+def test_predictions_need_a_place(tmp_path):
+    made, _ = command(tmp_path, BASE, "--predict", "best", "--out", "found.pt", "--split", "test")
+    assert (made.predict, made.out, made.split) == ("best", "found.pt", "test")
+    assert "--predict best needs --out FILE" in refusal(parsed, tmp_path, BASE, "--predict=best")
+    assert "--out found.pt" in refusal(parsed, tmp_path, BASE, "--out", "found.pt")
+    line = refusal(parsed, tmp_path, BASE, "--predict=best", "--out=found.pt", "--evaluate=best")
+    assert "--predict and --evaluate" in line
+
+
+def test_the_table_of_strategies_needs_no_file(tmp_path):
+    assert parse(["--strategies", f"--config={tmp_path}/nowhere.yaml"])[0].strategies
 
 
 # ---- batch ----------------------------------------------------------------------------------------------------------
@@ -275,6 +345,12 @@ def test_a_command_that_sets_the_batch_must_make_the_same_one():
         ({"faults__budget": -1}, "faults.budget"),
         ({"checkpoint__top_k": -1}, "checkpoint.top_k"),
         ({"fabric__num_nodes": 0}, "fabric.num_nodes"),
+        ({"fabric__timeout": 0.0}, "fabric.timeout"),
+        ({"fabric__timeout": math.inf}, "fabric.timeout"),
+        ({"fabric__timeout": math.nan}, "fabric.timeout"),
+        ({"fabric__tensor_parallel_size": 0}, "fabric.tensor_parallel_size"),
+        ({"fabric__fsdp": FsdpConfig(blocks=0)}, "fabric.fsdp.blocks"),
+        ({"fabric__fsdp": FsdpConfig(blocks=[])}, "fabric.fsdp.blocks"),
     ],
 )
 def test_values_that_no_run_can_have(values, named):

@@ -194,7 +194,7 @@ def assert_is_plain(state: State, updates: int = 6, total: int = 8) -> None:
 def test_windows_with_nan_are_left_out_of_everything(fabric, on_device):
     changes = settings()
     state = State(fabric, Marked("nan"), changes)
-    state.guard = Guard(state.optimizer, state.module, changes.faults, on_device=on_device)
+    state.guard = Guard(state.engine.optimizer, state.module, changes.faults, on_device=on_device)
     fit(fabric, state.task, changes, state=state)
     counters = state.counters
     assert (counters.window, counters.step, counters.samples) == (8, 6, 72)
@@ -248,7 +248,8 @@ def test_a_window_without_weight_is_consumed_and_changes_nothing(fabric):
 def test_one_process_agrees_with_itself(fabric):
     agree = Agree(fabric)
     assert agree.group is None
-    assert agree(3.5, TRY_AGAIN, 1.25) == Agreement(3.5, TRY_AGAIN, 1.25)
+    agree.ask(3.5, TRY_AGAIN, 1.25, 2)
+    assert agree.answer() == Agreement(3.5, TRY_AGAIN, 1.25, 2)
 
 
 @pytest.mark.parametrize(

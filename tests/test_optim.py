@@ -291,5 +291,5 @@ def test_state_that_an_optimizer_makes_at_once_follows_the_weights(name):
     fabric.launch()
     state = fit(fabric, Wide(), configured(**{"optim.name": name, "run.max_epochs": None, "run.max_steps": 2}))
     assert state.counters.step == 2 and next(state.module.parameters()).dtype == torch.float64
-    for values in state.bare_optimizer.state.values():
+    for values in state.engine.bare_optimizer.state.values():
         assert {value.dtype for key, value in values.items() if key != "step"} == {torch.float64}

@@ -131,7 +131,7 @@ def test_init_from_takes_weights_alone(fabric, tmp_path):
     saved = load(tmp_path / "checkpoints" / "last.pt")
     fresh = State(fabric, Regression(), config(**{"ema.decay": 0.9}))
     fresh.load_weights({"model": saved["model"]})
-    assert fresh.counters.step == 0 and not fresh.bare_optimizer.state
+    assert fresh.counters.step == 0 and not fresh.engine.bare_optimizer.state
     for name, value in state.module.state_dict().items():
         assert torch.equal(fresh.module.state_dict()[name], value)
         assert torch.equal(fresh.ema.state_dict()[name], value)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from fabric_trainer import run
-from fabric_trainer.config import Command, Config
+from fabric_trainer.command import Command
+from fabric_trainer.config import Config
 from fabric_trainer.errors import InputError
 
 

@@ -1,9 +1,10 @@
-"""What the loop costs: ours and bare Fabric's idiom beside a hand-written loop, interleaved, in one run.
+"""What a loop costs: ours, bare Fabric, Accelerate and Lightning's Trainer beside one written by hand, interleaved.
 
-python -m tools.bench.overhead [--pairs 20]
+python -m tools.bench.overhead [--pairs 15]
 
-Every loop draws the same batches from tensors in memory, clips the gradient's norm and steps a fused AdamW. Printed
-is the median over pairs of (loop / hand-written), with a 95 % bootstrap interval.
+First in one process, then data-parallel in two (torchrun, gloo) beside hand-written DDP. Before it is measured, each
+loop must make the updates of the hand-written one. Printed is the median over pairs of (loop / hand-written), with a
+95 % bootstrap interval.
 """
 
 from __future__ import annotations
@@ -15,152 +16,42 @@ import os
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import argparse
+import gc
+import io
+import logging
 import platform
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import subprocess
+import sys
+import warnings
+from contextlib import redirect_stdout
 
+import accelerate
 import lightning
 import numpy as np
 import torch
-import torch.nn.functional as F
-from lightning.fabric import Fabric
-from torch import Tensor, nn
+import torch.distributed as dist
 
-from fabric_trainer import Batch, Config, Loss, Task, fit
+from tools.bench.cases import CASES, Case, Work, world
+from tools.bench.loops import LOOPS, Loop, difference
 
-CLIP = 1.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model and how long to train it in each measurement."""
-
-    name: str
-    network: Callable[[], nn.Module]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    batch: int
-    updates: int
-    warmup: int = 50
-    samples: int = 1024
-
-    def data(self) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(self.samples, *self.inputs, generator=generator)
-        return x, torch.randn(self.samples, *self.outputs, generator=generator)
+TOLERANCE = 1e-6
 
 
-class Transformer(nn.Module):
-    """Two encoder layers over 64 tokens of width 128."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True, norm_first=True)
-        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)  # type: ignore[no-any-return]
+def check(case: Case) -> None:
+    """A loop that did other work would have another price."""
+    for name, loop in LOOPS.items():
+        apart = difference(loop, case)
+        assert apart <= TOLERANCE, f"{case.name}: {name} is {apart} from the hand-written loop after 5 updates"
 
 
-CASES = (
-    Case("tiny linear", lambda: nn.Linear(32, 2), (32,), (2,), batch=8, updates=3000),
-    Case("transformer", Transformer, (64, 128), (64, 128), batch=16, updates=20, warmup=5, samples=128),
-)
-
-
-def squared_error(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """The loss of all three loops: a sum over samples, of which those of weight 0 count nothing."""
-    return F.mse_loss(output, target, reduction="none").flatten(1).mean(1) @ weight
-
-
-def batches(case: Case, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled epochs, without end."""
-    while True:
-        order = torch.randperm(case.samples)
-        for start in range(0, case.samples, case.batch):
-            rows = order[start : start + case.batch]
-            yield x[rows], y[rows]
-
-
-def hand_written(case: Case) -> float:
-    """Seconds per update of plain torch."""
-    x, y = case.data()
-    weight = torch.ones(case.batch)
-    network = case.network()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
-    for step, (inputs, targets) in enumerate(batches(case, x, y)):
-        if step == case.warmup:
-            start = time.perf_counter()
-        if step == case.warmup + case.updates:
-            return (time.perf_counter() - start) / case.updates
-        loss = squared_error(network(inputs), targets, weight) / case.batch
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-    raise AssertionError
-
-
-def bare_fabric(case: Case) -> float:
-    """Seconds per update of Fabric's own idiom."""
-    x, y = case.data()
-    weight = torch.ones(case.batch)
-    fabric = Fabric(accelerator="cpu", devices=1)
-    fabric.launch()
-    module = case.network()
-    network, optimizer = fabric.setup(module, torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True))
-    for step, (inputs, targets) in enumerate(batches(case, x, y)):
-        if step == case.warmup:
-            start = time.perf_counter()
-        if step == case.warmup + case.updates:
-            return (time.perf_counter() - start) / case.updates
-        with fabric.no_backward_sync(network, enabled=False):
-            loss = squared_error(network(inputs), targets, weight) / case.batch
-            fabric.backward(loss)
-        fabric.clip_gradients(network, optimizer, max_norm=CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-    raise AssertionError
-
-
-class Pairs(torch.utils.data.Dataset[Batch]):
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x, y
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitems__(self, rows: list[int]) -> Batch:
-        index = torch.tensor(rows)
-        return {"x": self.x[index], "y": self.y[index]}
-
-
-class Regression(Task):
-    def __init__(self, case: Case) -> None:
-        self.case, self.times = case, []
-
-    def dataset(self, split: str) -> Pairs | None:
-        return Pairs(*self.case.data()) if split == "train" else None
-
-    def network(self) -> nn.Module:
-        return self.case.network()
-
-    def loss(self, network: nn.Module, batch: Batch) -> Loss:
-        self.times.append(time.perf_counter())
-        return Loss(squared_error(network(batch["x"]), batch["y"], batch["weight"]))
-
-
-def ours(case: Case) -> float:
-    """Seconds per update of ``fit``."""
-    config = Config()
-    config.batch.micro_batch_size, config.run.max_steps = case.batch, case.warmup + case.updates + 1
-    config.clip.norm, config.run.log_every_n_steps = CLIP, 500
-    fabric = Fabric(accelerator="cpu", devices=1)
-    fabric.launch()
-    task = Regression(case)
-    fit(fabric, task, config)
-    return (task.times[case.warmup + case.updates] - task.times[case.warmup]) / case.updates
+def seconds(loop: Loop, case: Case) -> float:
+    """Per update."""
+    gc.collect()  # what the loop before left is not this one's to clear
+    if dist.is_initialized():
+        dist.barrier()
+    work = Work(case)
+    loop(work)
+    return work.seconds
 
 
 def interval(ratios: np.ndarray) -> tuple[float, float, float]:
@@ -170,25 +61,51 @@ def interval(ratios: np.ndarray) -> tuple[float, float, float]:
     return float(np.median(ratios)), float(low), float(high)
 
 
+def compare(case: Case, pairs: int) -> None:
+    """Measure every loop and print the table; on several ranks, by rank 0's clock."""
+    times = {name: np.empty(pairs) for name in LOOPS}
+    with redirect_stdout(io.StringIO()):  # our progress lines
+        check(case)
+        for pair in range(pairs):
+            for name in np.roll(list(LOOPS), pair):  # each comes first in turn
+                times[name][pair] = seconds(LOOPS[name], case)
+    if world()[0] > 0 or pairs == 0:
+        return
+    plain = times.pop("hand-written")
+    written = "hand-written" if world()[1] == 1 else f"hand-written DDP on {world()[1]} ranks"
+    print(f"{case.name}: {written} {1e6 * np.median(plain):.1f} us per update, {pairs} pairs")
+    for name, measured in times.items():
+        median, low, high = interval(measured / plain)
+        print(f"  {name:<15} {median:.3f} x  [{low:.3f}, {high:.3f}]  {1e6 * np.median(measured):.1f} us", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=15, help="on two ranks half as many; 0 only checks")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, in each process")
     arguments = parser.parse_args()
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(f"{library}.utilities.rank_zero").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, lightning {lightning.__version__}, {platform.machine()}, ", end="")
-    print(f"{arguments.threads} thread(s), {arguments.pairs} interleaved pairs")
-    loops = {"hand-written": hand_written, "bare Fabric": bare_fabric, "fabric_trainer": ours}
+    if dist.is_torchelastic_launched():  # this is one of two
+        dist.init_process_group("gloo")
+    else:
+        print(f"torch {torch.__version__}, lightning {lightning.__version__}, accelerate {accelerate.__version__}")
+        print(f"{platform.machine()}, {arguments.threads} thread(s)", flush=True)
     for case in CASES:
-        times = {name: np.empty(arguments.pairs) for name in loops}
-        for pair in range(arguments.pairs):
-            for name, loop in loops.items():
-                times[name][pair] = loop(case)
-        plain = times.pop("hand-written")
-        print(f"{case.name}: hand-written {1e6 * np.median(plain):.1f} us per update")
-        for name, seconds in times.items():
-            median, low, high = interval(seconds / plain)
-            print(f"  {name:<15} {median:.3f} x  [{low:.3f}, {high:.3f}]  {1e6 * np.median(seconds):.1f} us")
+        compare(case, arguments.pairs)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    else:
+        on_two_ranks(arguments.pairs // 2, arguments.threads)
+
+
+def on_two_ranks(pairs: int, threads: int = 1) -> None:
+    """This program in two processes. They stay for all of it: every loop uses their process group."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    program = ("-m", "tools.bench.overhead", f"--pairs={pairs}", f"--threads={threads}")
+    subprocess.run([*launcher, *program], env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""Out of memory: smaller micro-batches for the same update, here and now, or after a restart of the job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from fabric_trainer.config import BatchConfig
+from fabric_trainer.errors import OutOfMemoryRestart
+from fabric_trainer.files import write_atomically
+from fabric_trainer.order import Accumulate
+
+NOTE = "memory.json"
+
+
+class Memory:
+    """How many rows a forward takes. What does not fit is halved, and stays so.
+
+    split: this rank forgets the window's gradients and does the window again with half the rows; the update is the
+    same. restart: a rank in the middle of a collective can't, so the job ends, and begins again with half.
+    """
+
+    def __init__(self, micro_batch_size: int, answer: str, folder: Path | None = None) -> None:
+        self.micro_batch_size, self.answer, self.folder = micro_batch_size, answer, folder
+        self.halvings = 0
+
+    @property
+    def rows(self) -> int:
+        """Of a forward."""
+        return -(-self.micro_batch_size // 2**self.halvings)
+
+    def ran_out(self, error: RuntimeError) -> None:
+        """Make the next attempt smaller. Raises ``error`` itself where it is another, or one row is too much, and
+        OutOfMemoryRestart where the attempt must be another job's."""
+        if not is_out_of_memory(error) or self.rows == 1:
+            raise error
+        if self.answer == "restart":
+            self._restart(error)
+        self.halvings += 1
+
+    def release(self) -> None:
+        """Give the allocator's unused blocks back, so that smaller ones fit."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _restart(self, error: RuntimeError) -> NoReturn:
+        rows = self.micro_batch_size // 2
+        if self.folder is not None:
+            write_atomically(self.folder / NOTE, json.dumps({"micro_batch_size": rows}))
+        raise OutOfMemoryRestart(
+            f"out of memory with micro-batches of {self.micro_batch_size} ({str(error).splitlines()[0]}); "
+            f"continue with --resume auto, which takes smaller ones"
+        ) from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a device, or of the host."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def remembered(folder: Path, batch: BatchConfig, tell: Callable[[str], None]) -> BatchConfig:
+    """The ``batch`` section for a run that ran out of memory in ``folder``: smaller micro-batches, the same updates."""
+    path = folder / NOTE
+    if not path.is_file():
+        return batch
+    fits = json.loads(path.read_text())["micro_batch_size"]
+    micro, accumulate = batch.micro_batch_size, batch.accumulate
+    smaller = max(rows for rows in range(1, micro + 1) if micro % rows == 0 and (rows <= fits or rows == 1))
+    if smaller == micro:
+        return batch
+    tell(f"micro-batches of {smaller} instead of {micro}: the run has run out of memory ({path})")
+    accumulate = accumulate if batch.global_batch_size else _times(accumulate, micro // smaller)
+    return BatchConfig(smaller, accumulate, batch.global_batch_size)
+
+
+def _times(accumulate: Accumulate | dict[str, Any], factor: int) -> Any:
+    if isinstance(accumulate, int):
+        return accumulate * factor
+    return {clock: {at: count * factor for at, count in steps.items()} for clock, steps in accumulate.items()}
