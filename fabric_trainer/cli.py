@@ -1,9 +1,13 @@
-"""The command line: train, measure a checkpoint, or only check. Imports torch once the command has been understood."""
+"""The command line: train, measure a checkpoint, predict, or only check.
+
+Imports torch once the command has been understood.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +19,7 @@ from fabric_trainer.errors import (
     INPUT,
     INTERRUPTED,
     SMALLER,
+    TRY_AGAIN,
     BadGradientError,
     CheckpointError,
     InputError,
@@ -47,15 +52,23 @@ def _understand(argv: Sequence[str]) -> int:
 
 
 def _launch(command: Command, config: Config) -> int:
-    from fabric_trainer.launch import resolve
+    from torch.multiprocessing import ProcessExitedException
+
+    from fabric_trainer.launch import meet_again, resolve
     from fabric_trainer.run import refuse_nameless_restart
     from fabric_trainer.strategies import make_fabric
 
     refuse_nameless_restart(config)
+    meet_again()
     resolved = resolve(config.fabric)
     fabric = make_fabric(config, _callbacks(config), resolved)
     task = make_task(config)
-    return fabric.launch(_reported_on_rank, task, command, config, resolved.notes)  # type: ignore[no-any-return]
+    try:
+        return fabric.launch(_reported_on_rank, task, command, config, resolved.notes)  # type: ignore[no-any-return]
+    except ProcessExitedException as error:  # one that ddp_spawn or ddp_notebook started
+        if error.exit_code < 0:  # a signal killed it: it can't have said why
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return max(error.exit_code, FAILED)
 
 
 def _reported_on_rank(fabric: Fabric, *arguments: Any) -> int:
@@ -69,10 +82,14 @@ def _on_rank(fabric: Fabric, task: Task, command: Command, config: Config, notes
     with Lifeline(fabric.global_rank, fabric.world_size, fabric.broadcast, _code, tuple(CODES)):
         for note in notes:
             fabric.print(note)
+        if command.predict:
+            check_predict(fabric, task, command)
         with fabric.rank_zero_first():
             task.prepare(data_root(config))
         if command.evaluate:
             return measure_checkpoint(fabric, task, command, config)
+        if command.predict:
+            return predict_to_file(fabric, task, command, config)
         if command.fast_dev_run:
             return fast_dev_run(fabric, task, config)
         return train(fabric, task, command, config)
@@ -95,14 +112,16 @@ def _code(error: BaseException) -> int:
 
 def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     """Train in a run's folder: a new one, or the one to continue."""
-    from fabric_trainer import checkpoint, run
+    from fabric_trainer import checkpoint, run, slurm
     from fabric_trainer.environment import describe
+    from fabric_trainer.faults import StopSignals
     from fabric_trainer.loop import fit
     from fabric_trainer.memory import remembered
     from fabric_trainer.portable import shared
     from fabric_trainer.state import State
 
-    choice = _on_rank_zero(fabric, lambda: run.choose(command, config, fabric.print))
+    restarted = _anywhere(fabric, run.was_restarted())
+    choice = _on_rank_zero(fabric, lambda: run.choose(command, config, fabric.print, restarted))
     config.batch = _on_rank_zero(fabric, lambda: remembered(choice.folder, config.batch, fabric.print))
     resume_from = choice.resume_from
     saved = shared(fabric, lambda: checkpoint.load(resume_from)) if resume_from else None
@@ -117,8 +136,9 @@ def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     if fabric.is_global_zero:
         run.open_folder(choice, command, config, describe(fabric.world_size, fabric.device, config.fabric.strategy))
         explain(state, choice)
+    signals = StopSignals()
     try:
-        fit(fabric, task, config, choice.folder, state=state)
+        fit(fabric, task, config, choice.folder, state=state, signals=signals)
     except BaseException:
         if fabric.is_global_zero:
             run.set_status(choice.folder, "failed")
@@ -126,6 +146,9 @@ def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     if fabric.is_global_zero:
         run.set_status(choice.folder, "stopped" if state.stopped else "finished")
         conclude(state, choice)
+    if config.fabric.requeue and state.stopped == TRY_AGAIN and _anywhere(fabric, signals.warned):
+        _on_rank_zero(fabric, lambda: fabric.print(slurm.requeue()))
+    fabric.barrier()  # a launcher that sees one rank leave with an error ends the others
     return state.stopped
 
 
@@ -155,12 +178,48 @@ def _pictures(state: State, checkpoints: Path) -> dict[str, Any]:
 
 def measure_checkpoint(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     """``--evaluate``: the metrics of a checkpoint's raw and averaged weights, in full precision."""
-    from fabric_trainer import checkpoint, run
     from fabric_trainer.boundary import measure
+
+    state, source = load_state(fabric, task, command.evaluate or "", command, config)
+    fabric.print(source)
+    metrics = measure(state, command.split)
+    if fabric.is_global_zero:
+        for name, value in metrics.items():
+            print(f"{name} {value!r}", flush=True)
+    return FINISHED
+
+
+def check_predict(fabric: Fabric, task: Task, command: Command) -> None:
+    """Refuse, before any data is read, what ``--predict`` could not do at the end."""
+    from fabric_trainer.predict import check_output
+
+    _on_rank_zero(fabric, lambda: check_output(task, command.out or ""))
+
+
+def predict_to_file(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
+    """``--predict``: a checkpoint's predictions for every sample of a split, in one file that rank 0 writes."""
+    from fabric_trainer.predict import predict, write
+
+    out = command.out or ""
+    state, source = load_state(fabric, task, command.predict or "", command, config)
+    average = state.ema if config.evaluate.weights != "raw" else None
+    fabric.print(f"{source}, {'averaged' if average else 'raw'} weights")
+    with average.applied() if average else nullcontext():
+        table = predict(fabric, task, state.network, state.split(command.split))
+        state.engine.refresh()
+    if fabric.is_global_zero:
+        write(out, table)
+        print(f"{len(table['index'])} predictions in {out}", flush=True)
+    return FINISHED
+
+
+def load_state(fabric: Fabric, task: Task, which: str, command: Command, config: Config) -> tuple[State, str]:
+    """A state with the weights of the checkpoint ``which`` (PATH, best or last), and their average where it has one;
+    and a line that says whose they are, and the split."""
+    from fabric_trainer import checkpoint, run
     from fabric_trainer.portable import shared
     from fabric_trainer.state import State
 
-    which = command.evaluate or ""
     path = _on_rank_zero(fabric, lambda: run.find_checkpoint(which, command, config))
     saved = shared(fabric, lambda: checkpoint.load(path))
     if saved.get("ema") is None:
@@ -169,12 +228,7 @@ def measure_checkpoint(fabric: Fabric, task: Task, command: Command, config: Con
         config.ema.decay = saved["config"]["ema"]["decay"]
     state = State(fabric, task, config)
     state.load_weights(saved)
-    fabric.print(f"{path}: step {saved['counters']['step']}, split {command.split}")
-    metrics = measure(state, command.split)
-    if fabric.is_global_zero:
-        for name, value in metrics.items():
-            print(f"{name} {value!r}", flush=True)
-    return FINISHED
+    return state, f"{path}: step {saved['counters']['step']}, split {command.split}"
 
 
 def fast_dev_run(fabric: Fabric, task: Task, config: Config) -> int:
@@ -278,6 +332,11 @@ def _callbacks(config: Config) -> list[Any]:
     from fabric_trainer.imports import import_path
 
     return [import_path(path, "callbacks")() for path in config.callbacks]
+
+
+def _anywhere(fabric: Fabric, flag: bool) -> bool:
+    """Whether it is true of any rank; all ranks together."""
+    return bool(fabric.all_reduce(float(flag), reduce_op="sum"))
 
 
 def _on_rank_zero(fabric: Fabric, decide: Any) -> Any:

@@ -90,6 +90,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.stop = 0
+        self.warned = False  # by SIGUSR1: the job's time runs out
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -107,6 +108,7 @@ class StopSignals:
             os._exit(INTERRUPTED)
         if self.stop != INTERRUPTED:  # a person's wish outranks the scheduler's
             self.stop = INTERRUPTED if number == signal.SIGINT else TRY_AGAIN
+        self.warned |= number == signal.SIGUSR1
         name = signal.Signals(number).name
         sys.stderr.write(f"{name}: finishing this update, saving, and leaving with code {self.stop}\n")
 

@@ -70,14 +70,42 @@ def resolve(config: FabricConfig) -> Resolved:
     devices, num_nodes = _world(config, name, accelerator)
     world_size = _count(devices) * num_nodes
     notes: tuple[str, ...] = ()
+    if config.requeue and "SLURM_JOB_ID" not in os.environ:
+        notes = ("fabric.requeue: this is no SLURM job, nothing will be requeued",)
     if name == "auto":
         name = "ddp" if world_size > 1 else "single"
     elif name == "fsdp" and config.fsdp.sharding == "NO_SHARD":
-        name, notes = "ddp", ("fabric.fsdp.sharding: NO_SHARD leaves every rank whole: the strategy is ddp",)
+        name, notes = "ddp", (*notes, "fabric.fsdp.sharding: NO_SHARD leaves every rank whole: the strategy is ddp")
     if name == "deepspeed":
         stage, precision = _json_says(config, stage, precision)
     size = config.tensor_parallel_size or (world_size if name == "tensor_parallel" else 1)
     return Resolved(name, accelerator, devices, num_nodes, precision, world_size, size, stage, find_unused, notes)
+
+
+def meet_again() -> None:
+    """After a restart by torchrun: have the processes meet at a new store. Raises InputError where that can't be.
+
+    torchrun keeps one store through all restarts, and in it the addresses of processes that are dead
+    (https://github.com/pytorch/pytorch/issues/135712). Its agents on several machines count restarts differently.
+    """
+    value = os.environ.get
+    attempt, several = value("TORCHELASTIC_RESTART_COUNT") or "0", int(value("GROUP_WORLD_SIZE") or 1) > 1
+    if int(value("TORCHELASTIC_MAX_RESTARTS") or 0) == 0 or value("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    if several:
+        raise InputError(
+            "--max-restarts on several nodes needs --rdzv-backend c10d, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
+            "torchrun's environment: processes that torchrun restarts would look for those before them"
+        )
+    if attempt == "0":
+        return
+    from lightning.fabric.plugins.environments.lightning import find_free_network_port
+    from torch.distributed import TCPStore
+
+    store, key = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), f"port of attempt {attempt}"
+    if os.environ["RANK"] == "0":
+        store.set(key, str(find_free_network_port()))
+    os.environ |= {"MASTER_PORT": store.get(key).decode(), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def read_deepspeed(config: FabricConfig) -> dict[str, Any]:
@@ -183,11 +211,25 @@ def _world(config: FabricConfig, strategy: str, accelerator: str) -> tuple[int |
     return (configured if isinstance(configured, list) else started), nodes
 
 
+def one_process_per_machine() -> bool:
+    """Whether RANK and WORLD_SIZE count machines, as Kubeflow's PyTorchJob sets them in its pods: no launcher runs on
+    each that would count processes."""
+    names, several = os.environ.keys(), os.environ.get("WORLD_SIZE") != "1"
+    launched = names & {"LOCAL_WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"} or _under_srun()
+    return several and names >= {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"} and not launched
+
+
+def _under_srun() -> bool:
+    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
 def _launched() -> tuple[int | list[int], int] | None:
     """Devices of this node and number of nodes, as a launcher set them; None where none did."""
     value = os.environ.get
     here = value("LOCAL_WORLD_SIZE")  # fabric run and torchrun, which may run inside SLURM
-    if here is None and value("SLURM_NTASKS") and value("SLURM_JOB_NAME") not in ("bash", "interactive"):
+    if one_process_per_machine():
+        return 1, int(os.environ["WORLD_SIZE"])
+    if here is None and _under_srun():
         tasks = value("SLURM_NTASKS_PER_NODE") or ("1" if value("SLURM_NTASKS") == "1" else None)
         if tasks is None:
             raise InputError(f"srun started {value('SLURM_NTASKS')} tasks: say how many a node has, --ntasks-per-node")

@@ -158,7 +158,7 @@ class Lifeline:
     def _take_in(self, connection: Connection, words: Any) -> None:
         """A rank shows the token; whoever else came to the port is turned away."""
         match words:
-            case [str(token), int(rank)] if hmac.compare_digest(token, self._token) and rank in self._to_come:
+            case [str(token), int(rank)] if _same(token, self._token) and rank in self._to_come:
                 self._peers[connection] = rank
                 self._to_come.remove(rank)
             case _:
@@ -249,8 +249,12 @@ def _receive(connection: Connection) -> Any:
     """What the other end says; None where it has closed, or is no rank."""
     try:
         return json.loads(connection.recv_bytes(4096))
-    except (EOFError, OSError, ValueError):
+    except (EOFError, OSError, ValueError, RecursionError):
         return None
+
+
+def _same(token: str, ours: str) -> bool:
+    return token.isascii() and hmac.compare_digest(token, ours)
 
 
 def _print(line: str) -> None:

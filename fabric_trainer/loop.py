@@ -28,11 +28,13 @@ def fit(
     folder: Path | None = None,
     saved: dict[str, Any] | None = None,
     state: State | None = None,
+    signals: StopSignals | None = None,
 ) -> State:
     """Train ``task`` as ``config`` says and return the final state.
 
     fabric: launched. folder: where metrics, history and checkpoints go; None writes nothing. saved: a checkpoint's
-    dict (``checkpoint.load``) to continue from. state: one made beforehand, instead of ``saved``.
+    dict (``checkpoint.load``) to continue from. state: one made beforehand, instead of ``saved``. signals: for a caller
+    who asks afterwards which came.
 
     A stop request (SIGTERM, SIGUSR1, SIGINT) ends the run after the update under way, saved; ``state.stopped`` is
     then the exit code to leave with. Raises InputError for what the user can mend, BadGradientError past the budget,
@@ -45,7 +47,7 @@ def fit(
     with (
         _frozen_collector(),
         Agree(fabric) as agree,
-        StopSignals() as signals,
+        signals or StopSignals() as signals,
         Record(state, folder) as record,
         Boundary(state, record, folder) as boundary,
     ):

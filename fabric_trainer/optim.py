@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fabric_trainer.config import OptimConfig
@@ -37,7 +38,7 @@ def build_optimizer(network: nn.Module, config: OptimConfig, device_type: str, s
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise InputError(f"optim.name: {cls.__name__} needs a closure that runs the loss again; take another")
-    groups = parameter_groups(network, config)
+    groups = [part for group in parameter_groups(network, config) for part in _by_mesh(group)]
     if not {"fused", "foreach"} & set(arguments):
         if "fused" in accepted and device_type in _FUSED and not scaled and _all_floating(groups):
             arguments["fused"] = True
@@ -87,6 +88,14 @@ def parameter_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, 
         {"name": "decay", "params": decay, **_decay(config, config.weight_decay)},
         {"name": "no_decay", "params": rest, **_decay(config, 0.0)},
     ]
+
+
+def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """One group for each device mesh that its parameters are sharded over: a fused kernel can't take them mixed."""
+    parts: dict[Any, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        parts.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return [group | {"params": part} for part in parts.values()]
 
 
 def _decay(config: OptimConfig, value: float) -> dict[str, float]:

@@ -80,11 +80,13 @@ def like(leaf: Leaf, dtype: torch.dtype | None = None) -> Leaf:
 
 
 def optimizer_groups(optimizer: Optimizer, names: list[list[str]]) -> list[dict[str, Any]]:
-    """Options of every group, plain, with the names of its parameters."""
-    return [
-        {key: _plain(value) for key, value in group.items() if key != "params"} | {"params": list(own)}
-        for group, own in zip(optimizer.param_groups, names, strict=True)
-    ]
+    """Options of every group, plain, with the names of its parameters; those of one name, which a strategy may have
+    split, together."""
+    made: dict[str, dict[str, Any]] = {}
+    for group, own in zip(optimizer.param_groups, names, strict=True):
+        options = {key: _plain(value) for key, value in group.items() if key != "params"}
+        made.setdefault(group["name"], options | {"params": []})["params"].extend(own)
+    return list(made.values())
 
 
 def optimizer_state(optimizer: Optimizer, network: nn.Module) -> dict[str, dict[str, Any]]:

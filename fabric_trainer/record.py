@@ -55,6 +55,7 @@ class Record(AbstractContextManager["Record"]):
         if self.fabric.is_global_zero:
             self.progress = Progress(state.steps, state.counters.step)
             if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
                 self.loggers = Loggers.build(folder, state.config, folder.name)
                 # also at step 0: the run may have been killed before its first checkpoint
                 self.loggers.cut_back(state.counters.step)

@@ -29,13 +29,14 @@ class Choice:
     resume_from: Path | None = None
 
 
-def choose(command: Command, config: Config, tell: Tell) -> Choice:
-    """Decide on rank 0. Raises InputError where the choice is the user's, offering what there is."""
+def choose(command: Command, config: Config, tell: Tell, restarted: bool = False) -> Choice:
+    """Decide on rank 0. restarted: whether the scheduler has told any rank so. Raises InputError where the choice is
+    the user's, offering what there is."""
     root = Path(config.run.root)
-    job, restarted = _job()
+    job = _job()
     resume = command.resume
     name = config.name
-    if restarted:
+    if restarted or was_restarted():
         resume = resume or "auto"
         name = name or _name_of_job(root, job)
     if resume in (None, "none"):
@@ -148,17 +149,21 @@ def _runs_of(root: Path, config_name: str) -> list[Path]:
     return sorted(mine, key=lambda folder: runs[folder]["created"], reverse=True)
 
 
-def _job() -> tuple[str | None, bool]:
-    """The id under which a scheduler restarts this job, and whether it just did."""
-    elastic = os.environ.get("TORCHELASTIC_RUN_ID")
-    job = os.environ.get("SLURM_JOB_ID") or (elastic if elastic != "none" else None)
+def was_restarted() -> bool:
+    """Whether a scheduler says so to this process. Of torchrun's agents only those say so whose own processes failed."""
     restarts = (os.environ.get(f"{who}_RESTART_COUNT") or "0" for who in ("TORCHELASTIC", "SLURM"))
-    return job, any(int(count) > 0 for count in restarts)
+    return any(int(count) > 0 for count in restarts)
+
+
+def _job() -> str | None:
+    """The id under which a scheduler restarts this job."""
+    elastic = os.environ.get("TORCHELASTIC_RUN_ID")
+    return os.environ.get("SLURM_JOB_ID") or (elastic if elastic != "none" else None)
 
 
 def refuse_nameless_restart(config: Config) -> None:
     """Raise InputError where a launcher may restart this job and could not find its run again."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0 and config.name is None and _job()[0] is None:
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0 and config.name is None and _job() is None:
         raise InputError("this launch may be restarted (--max-restarts): give --name, or the launcher's --rdzv-id")
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fabric_trainer.config import Config, FabricConfig
 from fabric_trainer.errors import InputError
-from fabric_trainer.launch import VARIABLES, Resolved, device_problems, resolve
+from fabric_trainer.launch import VARIABLES, Resolved, device_problems, one_process_per_machine, resolve
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -95,6 +95,7 @@ def make_fabric(config: Config, callbacks: list[Any] | None = None, resolved: Re
     """
     import torch
     from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments import KubeflowEnvironment
     from lightning.fabric.plugins.precision import DoublePrecision
 
     resolved = resolved or resolve(config.fabric)
@@ -106,13 +107,16 @@ def make_fabric(config: Config, callbacks: list[Any] | None = None, resolved: Re
     for name in VARIABLES:
         os.environ.pop(name, None)
     double = resolved.precision == "64-true"  # as an object: by its name Fabric refuses it for FSDP2
+    plugins: list[Any] = [DoublePrecision()] if double else []
+    if one_process_per_machine():  # which Fabric does not find by itself
+        plugins.append(KubeflowEnvironment())
     return Fabric(
         accelerator=resolved.accelerator,
         strategy=strategy,
         devices=resolved.devices,
         num_nodes=resolved.num_nodes,
         precision=None if double else resolved.precision,  # type: ignore[arg-type]
-        plugins=[DoublePrecision()] if double else None,
+        plugins=plugins,
         callbacks=callbacks or [],
     )
 

@@ -115,6 +115,11 @@ class Task:
         weight = sums["weight"]
         return {name: value / weight for name, value in sums.items() if name != "weight"}
 
+    def predict(self, network: nn.Module, batch: Batch) -> dict[str, Tensor | list[str]]:
+        """What ``--predict`` writes, by name: a row per sample of the batch, as tensors (B, ...) or lists of B strings.
+        Rows that only pad are left out."""
+        raise NotImplementedError(f"{type(self).__name__} must define predict(network, batch)")
+
     def pictures(self, network: nn.Module, device: torch.device) -> dict[str, Figure]:
         """Figures for the report, by title; called once, on rank 0, at the end, with the best weights."""
         return {}

@@ -43,6 +43,9 @@ class Regression(Task):
         error = (network(batch["x"]) - batch["y"]).square().sum(1)
         return Loss((error * batch["weight"]).sum(), {"abs": (error.detach().sqrt() * batch["weight"]).sum()})
 
+    def predict(self, network: nn.Module, batch: Batch) -> dict[str, Tensor | list[str]]:
+        return {"y": network(batch["x"])}
+
 
 def config(**changes: object) -> Config:
     """A configuration with dotted changes: config(**{"batch.accumulate": 2})."""

@@ -242,6 +242,10 @@ class BurgersOperator(Task):
             figures[f"{name}_ratio"] = error / (persistence + _TINY)
         return figures | {"nrmse_physical_floor": nrmse("field_floor")}
 
+    def predict(self, network: nn.Module, batch: Batch) -> dict[str, Tensor | list[str]]:
+        """``u1``: (B, X), the field after the step, at the grid points, in its units."""
+        return {"u1": network(batch["u0"])["u1"]}
+
     def pictures(self, network: nn.Module, device: torch.device) -> dict[str, Figure]:
         """A rollout of two validation trajectories. The network is trained on single steps: its own short waves grow
         slowly, and after some forty steps they show."""

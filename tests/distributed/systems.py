@@ -1,0 +1,147 @@
+"""What the tests of strategies train: every difficulty of a real update in a network of a few hundred parameters."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from toys import Points
+
+from fabric_trainer import Batch, Loss, Task
+
+# global batch 12, of micro-batches of 2: on one, two and three data-parallel ranks alike
+BASE: dict[str, Any] = {
+    "task": {"path": "systems.Masked", "args": {}},
+    "batch": {"micro_batch_size": 2, "global_batch_size": 12},
+    "optim": {"lr": 1e-2, "weight_decay": 0.1, "args": {"eps": 1e-6}},
+    "schedule": {"name": "cosine", "warmup": 3},
+    "clip": {"norm": 0.5},
+    "ema": {"decay": 0.9},
+    "run": {"max_steps": 10, "log_every_n_steps": 3},
+    "checkpoint": {"every": "1 steps", "keep_last": 20, "monitor": "val/loss"},
+    "loggers": {"tensorboard": False},
+}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "single": {"devices": 1, "precision": "64-true"},
+    "ddp": {"devices": 2, "strategy": "ddp", "precision": "64-true"},
+    "fsdp": {"devices": 2, "strategy": "fsdp", "precision": "64-true"},
+    "tensor_parallel": {"devices": 2, "strategy": "tensor_parallel", "precision": "64-true"},
+    "deepspeed1": {"devices": 2, "strategy": "deepspeed", "stage": 1},
+    "deepspeed2": {"devices": 2, "strategy": "deepspeed", "stage": 2},
+    "deepspeed3": {"devices": 2, "strategy": "deepspeed", "stage": 3},
+}
+LARGER: dict[str, dict[str, Any]] = {
+    "ddp on 3": {"devices": 3, "strategy": "ddp", "precision": "64-true"},
+    "fsdp on 3": {"devices": 3, "strategy": "fsdp", "precision": "64-true"},
+    "fsdp x tp": {"devices": 4, "strategy": "fsdp", "tensor_parallel_size": 2, "precision": "64-true"},
+}
+
+
+def document(strategy: str, **sections: dict[str, Any]) -> dict[str, Any]:
+    """The YAML of a run under a strategy; sections are laid over the base's."""
+    fabric = {"accelerator": "cpu", **(STRATEGIES | LARGER)[strategy]}
+    made = {key: dict(value) for key, value in BASE.items()} | {"fabric": fabric}
+    for name, keys in sections.items():
+        made[name] = made.get(name, {}) | keys
+    return made
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.down(torch.tanh(self.up(x))))
+
+
+class Network(nn.Module):
+    spoil = False  # the next backward runs out of memory half-way, when later layers have their gradients
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, width), nn.Linear(width, 2)
+        self.blocks = nn.ModuleList(Residual(width, dropout) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = OutOfMemoryInBackward.apply(block(x)) if self.spoil else block(x)
+        return self.head(self.norm(x))
+
+    def tensor_parallel_plan(self) -> dict[str, Any]:
+        return {"blocks.*.up": ColwiseParallel(), "blocks.*.down": RowwiseParallel()}
+
+
+class Masked(Task):
+    """37 samples: windows of 12, 12, 12 and 1, in which a rank of two has padding alone. Every seventh sample weighs
+    nothing, and each has noise of its own."""
+
+    def __init__(self, samples: int = 37, dropout: float = 0.0, width: int = 16) -> None:
+        self.samples, self.dropout, self.width = samples, dropout, width
+        self.seen: list[list[int]] = []  # indices that counted, by forward
+
+    def dataset(self, split: str) -> Points | None:
+        weights = torch.tensor([0.0 if i % 7 == 3 else (0.5, 1.0, 2.0)[i % 3] for i in range(self.samples)])
+        return {"train": Points(self.samples, 0, weights), "val": Points(23, 1)}.get(split)
+
+    def network(self) -> nn.Module:
+        return Network(self.width, self.dropout)
+
+    def blocks(self, network: nn.Module) -> Iterable[nn.Module]:
+        return network.blocks  # type: ignore[return-value]
+
+    def augment(self, batch: Batch) -> Batch:
+        batch["x"] = batch["x"] + 0.1 * batch["random"].normal("noise", 8)
+        return batch
+
+    def loss(self, network: nn.Module, batch: Batch) -> Loss:
+        error = (network(batch["x"]) - batch["y"]).square().sum(1)
+        if network.training:
+            self.seen.append(batch["index"][batch["weight"] > 0].tolist())
+        return Loss((error * batch["weight"]).sum(), {"abs": (error.detach().sqrt() * batch["weight"]).sum()})
+
+
+class Faulty(Masked):
+    """Something goes wrong, once, in a training forward: the ``at``-th of this process, on one rank or (-1) on all."""
+
+    def __init__(self, fault: str, at: int, rank: int = 1, samples: int = 37) -> None:
+        super().__init__(samples)
+        self.fault, self.at, self.rank, self.forwards = fault, at, rank, -1
+
+    def loss(self, network: nn.Module, batch: Batch) -> Loss:
+        self.forwards += network.training
+        own = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        if not network.training or self.forwards != self.at or self.rank not in (-1, own):
+            return super().loss(network, batch)
+        if self.fault == "raise":
+            raise ZeroDivisionError("a mistake in the task")
+        if self.fault == "oom forward":
+            raise torch.OutOfMemoryError("out of memory, as injected")
+        if self.fault in ("SIGKILL", "SIGTERM"):
+            os.kill(os.getpid(), getattr(signal, self.fault))
+        Network.spoil = self.fault == "oom backward"
+        try:
+            loss = super().loss(network, batch)
+        finally:
+            Network.spoil = False
+        return Loss(loss.total * torch.nan, loss.logs) if self.fault == "nan" else loss
+
+
+class OutOfMemoryInBackward(torch.autograd.Function):
+    """The identity, whose backward does not fit."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory, as injected")

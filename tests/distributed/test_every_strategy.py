@@ -1,0 +1,174 @@
+"""Under every strategy the updates are those of one process, and a checkpoint of each continues under each other."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launches import results, run_worker
+from systems import LARGER, STRATEGIES
+
+from fabric_trainer.checkpoint import load
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+OTHERS = [name for name in STRATEGIES if name != "single"]
+TREES = ("model", "ema")
+
+
+def tolerance(*strategies: str) -> float:
+    """float64 where the strategy takes it; DeepSpeed keeps float32."""
+    return 1e-6 if any(name.startswith("deepspeed") for name in strategies) else 1e-10
+
+
+def checkpoint_of(folder: Path, step: int | None = None, run: str = "run") -> dict[str, Any]:
+    return load(folder / run / "checkpoints" / ("last.pt" if step is None else f"step-{step:08d}.pt"))
+
+
+def assert_same_state(a: dict[str, Any], b: dict[str, Any], bound: float) -> None:
+    """Weights, averages, moments and counters of two checkpoints."""
+    for tree in TREES:
+        assert a[tree].keys() == b[tree].keys()
+        for name, value in a[tree].items():
+            torch.testing.assert_close(value.double(), b[tree][name].double(), rtol=0, atol=bound, msg=f"{tree} {name}")
+    moments, others = a["optimizer"]["state"], b["optimizer"]["state"]
+    assert moments.keys() == others.keys()
+    for name, values in moments.items():
+        assert values.keys() == others[name].keys()
+        for key, value in values.items():
+            other = torch.as_tensor(others[name][key])
+            torch.testing.assert_close(value.double(), other.double(), rtol=0, atol=bound, msg=f"{name} {key}")
+    for counter in ("window", "step", "samples", "skipped", "empty"):
+        assert a["counters"][counter] == b["counters"][counter]
+
+
+def logged(folder: Path, run: str = "run") -> list[dict[str, float]]:
+    """The rows of metrics.csv that an update has: losses, norm and rates by step."""
+    with open(folder / run / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    wanted = ("step", "train/loss", "train/abs", "grad_norm", "lr/decay", "lr/no_decay")
+    return [{key: float(row[key]) for key in wanted} for row in rows]
+
+
+def assert_same_log(a: list[dict[str, float]], b: list[dict[str, float]], bound: float) -> None:
+    assert [row["step"] for row in a] == [row["step"] for row in b]
+    for row, other in zip(a, b, strict=True):
+        assert row == pytest.approx(other, abs=bound, rel=bound)
+
+
+def counted(folder: Path, strategy: str, job: str = "train") -> list[int]:
+    """The indices of the samples that counted, over all data-parallel ranks, sorted."""
+    ranks = results(folder.parent, strategy, job)
+    ranks = ranks[:1] if strategy == "tensor_parallel" else ranks  # its ranks see the same
+    return sorted(index for found in ranks for forward in found["seen"] for index in forward)
+
+
+# ---- ten updates ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", OTHERS)
+def test_ten_updates_are_those_of_one_process(trained, strategy):
+    """Ragged windows, one of them with padding alone on a rank, weights of 0, noise of the samples' own, clipping,
+    warm-up, weight decay and EMA; the logged losses, gradient norms and learning rates too."""
+    one, here, bound = trained("single"), trained(strategy), tolerance(strategy)
+    whole = checkpoint_of(one)
+    assert whole["counters"]["step"] == 10 and whole["counters"]["window"] > 8, "two ragged ends of an epoch"
+    assert_same_state(whole, checkpoint_of(here), bound)
+    assert_same_log(logged(one), logged(here), bound)
+    assert any(row["grad_norm"] > 0.5 for row in logged(one)), "some are clipped"
+    assert counted(one, "single") == counted(here, strategy)
+
+
+def test_the_gradient_collectives_are_those_that_the_algorithm_needs(trained):
+    """Of one update of three micro-batches on each of two ranks, beside one for the agreement on the host."""
+    found = {}
+    for strategy in OTHERS:
+        trained(strategy)
+        counts = results(trained(strategy).parent, strategy, "collectives")[0]
+        found[strategy] = (
+            counts.get("all_reduce", 0) + counts.get("reduce_scatter", 0) - 1,
+            counts.get("all_gather", 0),
+        )
+    assert found["ddp"] == (1, 0), "one bucket, on the last micro-batch"
+    # three units: one scatter each on the last micro-batch, one sum for the norm; blocks are gathered for the
+    # forward and the backward of each micro-batch, the root once
+    assert found["fsdp"] == (3 + 1, 3 * (2 * 2 + 1))
+    # two blocks: an activation in the forward, a gradient in the backward of six micro-batches, and the norm
+    assert found["tensor_parallel"] == (2 * 2 * 6 + 1, 0)
+    # gradients once, norms of two groups; the two groups' weights are gathered
+    assert found["deepspeed1"] == (1 + 2, 2)
+    # gradients of each of three micro-batches
+    assert found["deepspeed2"] == (3 + 2, 2)
+    assert found["deepspeed3"][0] == 3 + 2
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_activation_checkpointing_changes_no_bit(trained, strategy):
+    """Three updates with dropout on, without and with the blocks' activations computed again."""
+    for ranks in results(trained(strategy).parent, strategy, "recompute"):
+        assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "tensor_parallel", "deepspeed1", "deepspeed3"])
+def test_a_checkpoint_is_gathered_one_tensor_at_a_time(trained, strategy):
+    """Bytes of whole tensors alive at once: rank 0 has its copy beside, the others have one parameter."""
+    for rank in results(trained(strategy).parent, strategy, "memory"):
+        assert 0 < rank["most"] <= rank["largest"] < rank["all"] / 3
+        assert rank["live"] == 0
+
+
+def test_gradients_are_exchanged_after_fabrics_context_said_nothing(trained):
+    """Fabric's own FSDP2 control leaves the exchange off after no_backward_sync(enabled=False)."""
+    for rank in results(trained("fsdp").parent, "fsdp", "sync_after_accumulation"):
+        assert rank["gradients"] and all(rank["gradients"])
+
+
+def after_five(one: Path) -> list[int]:
+    """What one process saw after its fifth update, sorted."""
+    (rank,) = results(one.parent, "single", "train")
+    forwards = -(-checkpoint_of(one, 5)["counters"]["samples"] // 2)  # of micro-batches of 2
+    return sorted(index for forward in rank["seen"][forwards:] for index in forward)
+
+
+# ---- from each into each --------------------------------------------------------------------------------------------
+
+
+def resumed(trained, target: str, sources: list[str]) -> None:
+    """Launch the target once, on the checkpoints after five updates of all sources."""
+    files = {source: str(trained(source) / "run/checkpoints/step-00000005.pt") for source in sources}
+    here = trained(target)
+    run_worker(here.parent, target, {"resume": {"sources": files}})
+    ranks = results(here.parent, target, "resume")
+    one = trained("single")
+    for source in sources:
+        bound = tolerance(source, target)
+        saved = load(Path(files[source]))
+        exact = 0.0 if tolerance(target) <= tolerance(source) else 1e-7  # float64 into DeepSpeed's float32
+        assert_same_state(saved, ranks[0][source]["taken"], exact)
+        run = f"from {source}"
+        assert_same_state(checkpoint_of(one), checkpoint_of(here, run=run), max(bound, 1e-10))
+        after = [row for row in logged(one) if row["step"] > 5]
+        assert_same_log(after, [row for row in logged(here, run) if row["step"] > 5], 1e-6)
+        first = ranks[:1] if target == "tensor_parallel" else ranks
+        ids = sorted(index for rank in first for forward in rank[source]["seen"] for index in forward)
+        assert ids == after_five(one)
+
+
+RING = list(STRATEGIES)
+
+
+@pytest.mark.parametrize("target", OTHERS)
+def test_continues_what_one_process_and_the_strategy_before_it_saved(trained, target):
+    resumed(trained, target, sorted({"single", RING[RING.index(target) - 1]}))
+
+
+def test_one_process_continues_what_every_strategy_saved(trained):
+    resumed(trained, "single", list(STRATEGIES))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [*STRATEGIES, *LARGER])
+def test_every_pair(trained, target):
+    resumed(trained, target, [*STRATEGIES, *LARGER])

@@ -1,0 +1,162 @@
+# ruff: noqa: E402  (imports after the path)
+"""What the processes of a strategy do, in one launch: python worker.py FOLDER STRATEGY JOB [JSON]
+
+The jobs are the functions below; each rank leaves what it found in FOLDER/<strategy>/<job>-<rank>.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent), str(HERE)]
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import torch
+import yaml
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from fabric_trainer import Config, checkpoint, fit
+from fabric_trainer.cli import make_task
+from fabric_trainer.command import load
+from fabric_trainer.portable import shared, whole
+from fabric_trainer.state import State
+from fabric_trainer.strategies import make_fabric
+
+torch.set_num_threads(1)
+
+
+def train(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
+    """The whole run, and what was seen in it."""
+    task = make_task(config)
+    fit(fabric, task, config, folder / "run")
+    return {"seen": task.seen}  # type: ignore[attr-defined]
+
+
+def collectives(fabric: Fabric, config: Config, folder: Path) -> dict[str, int]:
+    """Of one update between log points, in a run that saves nothing."""
+    counter = Collectives(4)
+    fabric._callbacks.append(counter)
+    state = fit(fabric, make_task(config), config)
+    fabric._callbacks.remove(counter)
+    return dict(counter.counts) | {"weights": len(state.engine.leaves)}
+
+
+def resume(fabric: Fabric, config: Config, folder: Path, sources: dict[str, str]) -> dict[str, Any]:
+    """From each file: the state at that moment, gathered again, and the run to its end."""
+    found = {}
+    for name, path in sources.items():
+        fabric._models_setup = 0  # of Fabric's DeepSpeed, which counts
+        task = make_task(config)
+        state = State(fabric, task, config, shared(fabric, lambda path=path: checkpoint.load(Path(path))))
+        taken = checkpoint.Snapshot().take(state.state_dict())
+        fit(fabric, task, config, folder / f"from {name}", state=state)
+        found[name] = {"taken": taken, "seen": task.seen}  # type: ignore[attr-defined]
+    return found
+
+
+def recompute(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
+    """Two runs with dropout, without and with activation checkpointing."""
+    weights = {}
+    for blocks in ([], ["Residual"]):
+        fabric._models_setup = 0
+        config.fabric.activation_checkpointing = blocks
+        state = fit(fabric, make_task(config), config)
+        weights[len(blocks)] = {name: whole(leaf).clone() for name, leaf in state.engine.weights().items()}
+    return weights
+
+
+def memory(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
+    """While a checkpoint is gathered and one is loaded: the most bytes of whole tensors alive at once, by rank."""
+    state = fit(fabric, make_task(config), config, folder / "memory")
+    live = Live()
+    checkpoint.whole = live.follow(whole)  # type: ignore[assignment]
+    tree = state.state_dict()
+    if fabric.is_global_zero:
+        checkpoint.Snapshot().take(tree)
+    else:
+        checkpoint.take_part(tree)
+    checkpoint.whole = whole
+    sizes = [whole(leaf).nbytes for leaf in state.engine.weights().values()]
+    return {"most": live.most, "largest": max(sizes), "all": sum(sizes), "live": live.now}
+
+
+def sync_after_accumulation(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
+    """Whether gradients are exchanged after Fabric's context was entered with enabled=False."""
+    state = State(fabric, make_task(config), config)
+    with fabric.no_backward_sync(state.network, enabled=False):
+        pass
+    x = torch.ones(2, 8, dtype=torch.float64) * (fabric.global_rank + 1)
+    fabric.backward(state.network(x).square().sum())
+    return {"gradients": [parameter.grad is not None for parameter in state.engine.trainable]}
+
+
+class Collectives:
+    """A callback that profiles one update: how many of which collective the process took part in."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.counts = step, Counter[str]()
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    def on_update_end(self, state: State, metrics: Any) -> None:
+        if state.counters.window == self.step:
+            self.profile.__enter__()
+        elif state.counters.window == self.step + 1:
+            self.profile.__exit__(None, None, None)
+            for event in self.profile.events():
+                if event.name.startswith("gloo:"):
+                    self.counts[event.name.removeprefix("gloo:")] += 1
+
+
+class Live:
+    """Bytes of the tensors that a function has made and that are still there."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def follow(self, function: Any) -> Any:
+        def followed(leaf: Any) -> Tensor:
+            made = function(leaf)
+            if made is not leaf:
+                self.now += made.nbytes
+                self.most = max(self.most, self.now)
+                weakref.finalize(made, self.forget, made.nbytes)
+            return made  # type: ignore[no-any-return]
+
+        return followed
+
+    def forget(self, size: int) -> None:
+        self.now -= size
+
+
+def main() -> None:
+    folder, strategy, jobs = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    if strategy.startswith("deepspeed"):
+        import deepspeed_cpu
+
+        deepspeed_cpu.allow()
+    config = load(folder / f"{strategy}.yaml")
+    fabric = make_fabric(config)
+    fabric.launch()
+    here = folder / strategy
+    here.mkdir(exist_ok=True)
+    for job, arguments in jobs.items():
+        fabric._models_setup = 0
+        changed = arguments.pop("config", None)
+        (here / f"{job}.yaml").write_text(yaml.safe_dump(changed)) if changed and fabric.is_global_zero else None
+        fabric.barrier()
+        own = load(here / f"{job}.yaml") if changed else load(folder / f"{strategy}.yaml")
+        result = globals()[job](fabric, own, here, **arguments)
+        torch.save(result, here / f"{job}-{fabric.global_rank}.pt")
+    fabric.barrier()
+
+
+if __name__ == "__main__":
+    main()
