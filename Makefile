@@ -14,14 +14,22 @@ $(INSTALLED): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[all]'
 	touch $(INSTALLED)
 
-.PHONY: train test test-slow test-min lint bench
+# DeepSpeed asks for torch at build time, so it can't be one of the extras
+DEEPSPEED = $(VENV)/.deepspeed
+$(DEEPSPEED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-build-isolation deepspeed
+	touch $(DEEPSPEED)
+
+.PHONY: train test test-slow test-min lint bench install-deepspeed
+install-deepspeed: $(DEEPSPEED)
+
 train: $(INSTALLED)
 	$(BIN)/python train.py
 
-test: $(INSTALLED) lint
+test: $(DEEPSPEED) lint
 	$(TEST) -m 'not slow and not gpu'
 
-test-slow: $(INSTALLED)
+test-slow: $(DEEPSPEED)
 	$(TEST) -m 'slow and not gpu'
 
 # without wandb, torch-optimizer and every extra: what does not use them runs

@@ -13,6 +13,7 @@ from fabric_trainer.evaluate import evaluate
 from fabric_trainer.every import Clock, Every
 from fabric_trainer.order import Span
 from fabric_trainer.record import Record
+from fabric_trainer.sharded_save import save_shards
 from fabric_trainer.state import State
 
 
@@ -142,7 +143,8 @@ class Boundary(AbstractContextManager["Boundary"]):
         return bool(self.fabric.broadcast(best))
 
     def save(self, keep: bool = False) -> None:
-        """Write a checkpoint in the background; rank 0's files. Raises CheckpointError for the one before."""
+        """Write a checkpoint in the background, or each rank its shard at once. Raises CheckpointError, in the
+        background for the one before."""
         if not self.saves:
             return
         state = self.state
@@ -154,12 +156,16 @@ class Boundary(AbstractContextManager["Boundary"]):
             {key: {k: v for k, v in (tree[key] or {}).items() if k in learned} for key in ("model", "ema")}
             | {"optimizer": tree["optimizer"]["state"]}
         )
-        if self.checkpoints is not None:
-            metrics = self.metrics if self.measured_at == state.counters.window else {}
-            path = self.checkpoints.save(tree, tree["counters"] | {"epoch": int(self.now.epochs + 1e-9)}, metrics, keep)
-            self.fabric.call("on_checkpoint_saved", state=state, metrics=metrics, path=path)
+        counters = tree["counters"] | {"epoch": int(self.now.epochs + 1e-9)}
+        metrics = self.metrics if self.measured_at == state.counters.window else {}
+        if state.config.checkpoint.sharded:
+            path = save_shards(self.checkpoints, tree, counters, metrics, keep)
+        elif self.checkpoints is not None:
+            path = self.checkpoints.save(tree, counters, metrics, keep)
         else:
             take_part(tree)
+        if self.checkpoints is not None:
+            self.fabric.call("on_checkpoint_saved", state=state, metrics=metrics, path=path)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Wait until the last checkpoint is on disk, whatever ended the run; its own error is told, or raised."""

@@ -1,7 +1,8 @@
 """Checkpoint files: one plain dict each, written in the background, verified by hash, rotated.
 
 A file is written beside, synced, entered into ``index.json`` with its sha256, and renamed; ``last.pt`` and
-``best.pt`` are links. Killed at any point, the folder holds the older files and an index that knows them.
+``best.pt`` are links. Killed at any point, the folder holds the older files and an index that knows them. A sharded
+checkpoint (``sharded``) is a folder instead, and its links are ``last`` and ``best``; all else holds for it too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fabric_trainer import sharded
 from fabric_trainer.config import CheckpointConfig
 from fabric_trainer.errors import CheckpointError, InputError
 from fabric_trainer.files import sync_folder, write_atomically
 from fabric_trainer.portable import Leaf, local, whole
+from fabric_trainer.sharded import disk_error, sha256
 
 INDEX = "index.json"
 
@@ -39,7 +43,7 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
         for leftover in folder.glob(".*.tmp"):
-            leftover.unlink()
+            remove(leftover)
 
     def save(self, state: dict[str, Any], counters: dict[str, Any], metrics: dict[str, float], keep: bool) -> Path:
         """Copy ``state`` now and write it in the background; returns the file's path-to-be.
@@ -50,9 +54,9 @@ class Checkpoints:
         """
         self.wait()
         path = self.folder / file_name(self.config.name, counters, metrics)
-        entry = {"window": counters["window"], "step": counters["step"], "metrics": metrics, "keep": keep}
         snapshot = self._snapshot.take(state)
-        self._writer = threading.Thread(target=self._write, args=(path, snapshot, entry), name="checkpoint")
+        arguments = (path, snapshot, make_entry(counters, metrics, keep))
+        self._writer = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self._writer.start()
         return path
 
@@ -85,32 +89,33 @@ class Checkpoints:
 
     def _write(self, path: Path, state: dict[str, Any], entry: dict[str, Any]) -> None:
         try:
-            temporary = path.with_name(f".{path.name}.tmp")
-            with HashingFile(temporary) as file:
+            with HashingFile(hidden(path)) as file:
                 torch.save(state, file)  # type: ignore[arg-type]
-            self.index[path.name] = entry | {"sha256": file.sha256, "bytes": file.bytes}
-            self._write_index()  # before the rename: a file that has its name is always in the index
-            os.replace(temporary, path)
-            sync_folder(self.folder)
-            self._link("last.pt", path.name)
-            ranked = self._ranked()
-            if ranked:
-                self._link("best.pt", ranked[0])
-            self._rotate()
+            self.enter(path, entry | {"sha256": file.sha256, "bytes": file.bytes})
         except Exception as error:  # raised again in the training thread, by wait()
-            cause = _disk_error(error)
-            self._error = error
-            if cause is not None:
-                self._error = CheckpointError(
-                    f"could not write {path}: {cause.strerror or cause}; the checkpoints before it are as they were"
-                )
+            cause = disk_error(error)
+            self._error = error if cause is None else not_written(path, cause)
+
+    def enter(self, path: Path, entry: dict[str, Any]) -> None:
+        """Give what was written beside its name, and drop what is no longer to be kept."""
+        self.index[path.name] = entry
+        self._write_index()  # before the rename: a file that has its name is always in the index
+        if path.is_dir():  # of the same step, from before a resume: nothing can replace a folder
+            remove(path)
+        os.replace(hidden(path), path)
+        sync_folder(self.folder)
+        self._link("last", path.name)
+        ranked = self._ranked()
+        if ranked:
+            self._link("best", ranked[0])
+        self._rotate()
 
     def _rotate(self) -> None:
         newest = sorted(self.index, key=lambda name: self.index[name]["window"])[-self.config.keep_last :]
         kept = {*newest, *self._ranked()[: self.config.top_k], *(n for n, e in self.index.items() if e["keep"])}
         gone = [name for name in self.index if name not in kept]
         for name in gone:
-            (self.folder / name).unlink(missing_ok=True)
+            remove(self.folder / name)
             del self.index[name]
         if gone:
             self._write_index()
@@ -130,11 +135,16 @@ class Checkpoints:
     def _order(self, value: float) -> float:
         return value if self.config.mode == "min" else -value
 
-    def _link(self, link: str, target: str) -> None:
-        temporary = self.folder / f".{link}.tmp"
+    def _link(self, which: str, target: str) -> None:
+        """``last.pt`` to a file or ``last`` to a folder; of the two there is one, where a run has saved both kinds."""
+        link, other = self.folder / f"{which}.pt", self.folder / which
+        if not target.endswith(".pt"):
+            link, other = other, link
+        temporary = hidden(link)
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target)
-        os.replace(temporary, self.folder / link)
+        os.replace(temporary, link)
+        other.unlink(missing_ok=True)
 
     def _write_index(self) -> None:
         write_atomically(self.folder / INDEX, json.dumps(self.index, indent=1))
@@ -181,11 +191,29 @@ def _discard(file: Any, path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _disk_error(error: BaseException | None) -> OSError | None:
-    """The disk's own error behind ``error``: torch.save, closing its archive, puts one of its own on top."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__context__
-    return error
+def not_written(path: Path, cause: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"could not write {path}: {cause.strerror or cause}; the checkpoints before it are as they were"
+    )
+
+
+def make_entry(counters: dict[str, Any], metrics: dict[str, float], keep: bool) -> dict[str, Any]:
+    return {"window": counters["window"], "step": counters["step"], "metrics": metrics, "keep": keep}
+
+
+def hidden(path: Path) -> Path:
+    """Where it is while it is written."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there; half a folder never has the name of a whole one."""
+    if path.is_dir() and not path.is_symlink():
+        gone = path if path.name.startswith(".") else path.with_name(f".{path.name}.gone.tmp")
+        os.replace(path, gone)
+        shutil.rmtree(gone)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class Snapshot:
@@ -235,13 +263,29 @@ def take_part(state: Any) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The dict in a checkpoint file, on the host. Raises CheckpointError where the file is damaged, is not listed
-    as what it is, or holds anything but tensors and plain values (a pickle that would run code is never run)."""
-    if not path.is_file():
+    """The dict in a checkpoint file, on the host; of a sharded one the tensors are on the meta device, and ``State``
+    reads them in place (``sharded.whole`` brings them here). Raises CheckpointError where the file is damaged, is not
+    listed as what it is, or holds anything but tensors and plain values (a pickle that would run code is never run).
+    """
+    if not is_checkpoint(path):
         raise InputError(f"there is no checkpoint {path}")
     entry = read_index(path.parent).get(path.resolve().name)
-    if entry is not None and _sha256(path) != entry["sha256"]:
+    if entry is not None and sha256(path) != entry["sha256"]:
         raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {INDEX}")
+    return sharded.promised(_read(path / sharded.PLAIN), path) if path.is_dir() else _read(path)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether there is a file, or a folder of shards."""
+    return path.is_file() or (path / sharded.PLAIN).is_file()
+
+
+def linked(folder: Path, which: str) -> Path | None:
+    """What ``best`` or ``last`` means in a checkpoint folder."""
+    return next((path for path in (folder / f"{which}.pt", folder / which) if path.exists()), None)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
@@ -258,9 +302,9 @@ def newest(folder: Path, tell: Callable[[str], None]) -> Path | None:
     index = read_index(folder)
     for name in sorted(index, key=lambda name: index[name]["window"], reverse=True):
         path = folder / name
-        if not path.is_file():
+        if not path.exists():
             tell(f"skipped {path}: its write was not finished")
-        elif _sha256(path) != index[name]["sha256"]:
+        elif sha256(path) != index[name]["sha256"]:
             tell(f"skipped {path}: damaged, its sha256 is not the one in {INDEX}")
         else:
             return path
@@ -273,12 +317,12 @@ def read_index(folder: Path) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def file_name(template: str, counters: dict[str, Any], metrics: dict[str, float]) -> str:
+def file_name(template: str, counters: dict[str, Any], metrics: dict[str, float], suffix: str = ".pt") -> str:
     """The template filled in; a slash of a metric's name becomes an underscore. A metric that is known but was not
     measured at this very step reads nan."""
     values = _Values(counters | metrics)
     try:
-        return template.format_map(values).replace("/", "_") + ".pt"
+        return template.format_map(values).replace("/", "_") + suffix
     except (ValueError, KeyError, IndexError) as error:
         raise InputError(f"checkpoint.name: {template!r} can't be filled in: {error}") from None
 
@@ -307,8 +351,3 @@ def _floating(value: Any, path: str) -> list[tuple[str, Tensor]]:
         return []
     piece = local(value)
     return [(path, piece)] if piece.is_floating_point() and piece.numel() else []
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -164,15 +164,15 @@ def conclude(state: State, choice: Choice) -> None:
 
 def _pictures(state: State, checkpoints: Path) -> dict[str, Any]:
     """The task's, by a bare network of its own: the trained one may lie in pieces over the ranks."""
-    from fabric_trainer import checkpoint
+    from fabric_trainer import checkpoint, sharded
     from fabric_trainer.task import Task
 
     if type(state.task).pictures is Task.pictures:
         return {}
-    best = checkpoints / "best.pt"
-    saved = checkpoint.load(best if best.exists() else checkpoints / "last.pt")
+    path = checkpoint.linked(checkpoints, "best") or checkpoint.linked(checkpoints, "last")
+    saved = checkpoint.load(path or checkpoints / "last.pt")
     network = state.task.network()
-    network.load_state_dict(saved["model"])
+    network.load_state_dict(sharded.whole(saved, saved["model"]))
     return state.task.pictures(network.to(state.fabric.device).eval(), state.fabric.device)
 
 
@@ -324,7 +324,7 @@ def _init_from(state: State, path: str) -> None:
     from fabric_trainer.portable import shared
 
     saved = shared(state.fabric, lambda: checkpoint.load(Path(path)))
-    state.load_weights({"model": saved["model"]})
+    state.load_weights(saved | {"ema": None})  # the average starts at the weights
     state.fabric.print(f"weights from {path}")
 
 
@@ -336,7 +336,9 @@ def _callbacks(config: Config) -> list[Any]:
 
 def _anywhere(fabric: Fabric, flag: bool) -> bool:
     """Whether it is true of any rank; all ranks together."""
-    return bool(fabric.all_reduce(float(flag), reduce_op="sum"))
+    import torch
+
+    return bool(fabric.all_reduce(torch.tensor(float(flag)), reduce_op="sum"))
 
 
 def _on_rank_zero(fabric: Fabric, decide: Any) -> Any:

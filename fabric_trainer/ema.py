@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fabric_trainer.portable import Leaf, like, local, put
+from fabric_trainer.portable import Leaf, fill, like, local
 
 
 class EMA:
@@ -69,8 +69,7 @@ class EMA:
 
     def load_state_dict(self, state: Mapping[str, Tensor], fetch: Callable[[Tensor], Tensor] = lambda t: t) -> None:
         """``fetch`` brings a tensor to this rank. Raises KeyError where an average is missing."""
-        for name, average in self.averages.items():
-            put(average, fetch(state[name]))
+        fill([(average, state[name]) for name, average in self.averages.items()], fetch)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from lightning.fabric.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
@@ -44,10 +44,10 @@ class Engine:
         recompute_blocks(self.module, options.activation_checkpointing)
         if options.ddp.sync_batchnorm and isinstance(fabric.strategy, DDPStrategy):
             self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
-        if isinstance(fabric.strategy, ModelParallelStrategy):
+        if isinstance(fabric.strategy, (ModelParallelStrategy, FSDPStrategy)):
             wanted, key = options.fsdp.blocks, "fabric.fsdp.blocks"
             blocks = task.blocks(self.module) if wanted is None else find_blocks(self.module, wanted, key)
-            fabric.strategy.blocks = list(blocks)  # type: ignore[attr-defined]
+            fabric.strategy.blocks = list(blocks)  # type: ignore[union-attr]
 
     def set_up(self) -> None:
         """The network first: strategies move, convert and shard what the optimizer then steps."""
@@ -101,12 +101,8 @@ class Engine:
         """Strict; raises InputError. ``fetch`` brings a tensor to this rank."""
         own = self.weights()
         portable.check_names(own, saved, source)
-        extra = {}
-        for name, leaf in own.items():
-            if isinstance(saved[name], Tensor):
-                portable.put(leaf, fetch(saved[name]))
-            else:
-                extra[name] = saved[name]
+        portable.fill([(leaf, saved[name]) for name, leaf in own.items() if isinstance(saved[name], Tensor)], fetch)
+        extra = {name: value for name, value in saved.items() if not isinstance(value, Tensor)}
         if extra:  # what modules keep beside their tensors
             self.module.load_state_dict(extra, strict=False)
         self.refresh()
@@ -139,4 +135,8 @@ def make_engine(fabric: Fabric, task: Task, module: nn.Module, config: Config, a
         from fabric_trainer.zero import ZeroEngine  # needs the package deepspeed
 
         return ZeroEngine(fabric, task, module, config, accumulate)
+    if isinstance(fabric.strategy, FSDPStrategy):
+        from fabric_trainer.fsdp1 import Fsdp1Engine  # a kind of Engine
+
+        return Fsdp1Engine(fabric, task, module, config, accumulate)
     return Engine(fabric, task, module, config, accumulate)

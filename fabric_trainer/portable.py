@@ -6,7 +6,7 @@ A *leaf* is where a strategy keeps a tensor: the tensor itself (single, ddp), a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from fabric_trainer.errors import InputError
+from fabric_trainer.sharded import Shards
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,15 @@ def fetch(fabric: Fabric, value: Tensor) -> Tensor:
     return sent
 
 
+def fill(pairs: Iterable[tuple[Leaf, Tensor]], fetch: Callable[[Tensor], Tensor]) -> None:
+    """Write into each leaf the saved tensor beside it: one at a time as ``fetch`` brings them, shards straight away."""
+    if isinstance(fetch, Shards):
+        fetch.read(pairs)
+        return
+    for leaf, value in pairs:
+        put(leaf, fetch(value))
+
+
 def check_names(own: dict[str, Any], saved: dict[str, Any], source: str) -> None:
     """Raise InputError, one line that lists missing, unexpected and misshapen names, unless ``saved`` is ``own``'s."""
     problems = {
@@ -158,24 +168,27 @@ def load_optimizer_state(
         for parameter in group["params"]
     }
     optimizer.state.clear()
+    pairs: list[tuple[Leaf, Tensor]] = []
     for name, values in saved.items():
         parameter = parameters[name]
-        optimizer.state[parameter] = {
-            key: _moment(parameter, value, fetch, key != "step" or on_device[id(parameter)])
-            for key, value in values.items()
+        made = optimizer.state[parameter] = {
+            key: _moment(parameter, value, key != "step" or on_device[id(parameter)]) for key, value in values.items()
         }
+        pairs += [(made[key], value) for key, value in values.items() if isinstance(value, Tensor)]
+    fill(pairs, fetch)
 
 
-def _moment(parameter: Tensor, value: Any, fetch: Callable[[Tensor], Tensor], on_device: bool) -> Any:
-    """A copy where the optimizer would keep it: torch's step counters stay on the host unless its kernel reads them."""
+def _moment(parameter: Tensor, value: Any, on_device: bool) -> Any:
+    """Where the optimizer would keep it, to be filled: torch's step counters stay on the host unless its kernel reads
+    them."""
     if not isinstance(value, Tensor):
         return value
-    fetched = fetch(value)
-    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-        return fetched.to(parameter.device if on_device else "cpu", copy=True)
-    leaf = torch.empty_like(parameter, dtype=value.dtype)
-    put(leaf, fetched)
-    return leaf
+    dtype = value.dtype
+    if value.shape == parameter.shape and {dtype, parameter.dtype} == {torch.float32, torch.float64}:
+        dtype = parameter.dtype  # saved under a strategy that keeps another precision
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(value.shape, dtype=dtype, device=parameter.device if on_device else "cpu")
 
 
 def _outline(tree: Any) -> Any:

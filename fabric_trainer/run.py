@@ -83,8 +83,7 @@ def find_checkpoint(which: str, command: Command, config: Config) -> Path:
     root = Path(config.run.root)
     folders = [root / config.name] if config.name else _runs_of(root, command.config_name)
     for folder in folders:
-        path = folder / "checkpoints" / f"{which}.pt"
-        if path.exists():
+        if path := checkpoint.linked(folder / "checkpoints", which):
             return path
     where = f"run {config.name}" if config.name else f"any run of {command.config_name}"
     raise InputError(f"--evaluate {which}: {where} in {root}/ has no {which}.pt; give a path, or --name")
@@ -134,7 +133,7 @@ def _continued(root: Path, name: str | None, command: Command, tell: Tell) -> Ch
 
 
 def _from_path(path: Path, root: Path, name: str | None, command: Command) -> Choice:
-    if not path.is_file():
+    if not checkpoint.is_checkpoint(path):
         raise InputError(f"--resume {path}: there is no such checkpoint; auto finds the newest by itself")
     own = path.absolute().parent.parent
     if name is None and read_status(own):
@@ -150,7 +149,7 @@ def _runs_of(root: Path, config_name: str) -> list[Path]:
 
 
 def was_restarted() -> bool:
-    """Whether a scheduler says so to this process. Of torchrun's agents only those say so whose own processes failed."""
+    """Whether a scheduler says so to this process; torchrun does to those of the machine where one failed."""
     restarts = (os.environ.get(f"{who}_RESTART_COUNT") or "0" for who in ("TORCHELASTIC", "SLURM"))
     return any(int(count) > 0 for count in restarts)
 

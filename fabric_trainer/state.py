@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from fabric_trainer.memory import Memory
 from fabric_trainer.order import Accumulate, Order, accumulation
 from fabric_trainer.portable import fetch, optimizer_groups
 from fabric_trainer.ranks import data_parallel
+from fabric_trainer.sharded import SHARDS, Shards
 from fabric_trainer.task import Task
 
 FORMAT = 1
@@ -188,6 +191,7 @@ class State:
                 for group, names in zip(engine.bare_optimizer.param_groups, engine.names, strict=True)
             ),
             "device": f"{fabric.device}, strategy {config.fabric.strategy}, precision {precision}",
+            "out of memory": self.memory.answer,
             "threads": str(torch.get_num_threads()),
             "seed": str(config.seed),
         }
@@ -224,7 +228,7 @@ class State:
         if here != there:
             raise InputError(f"the run's epoch has {there} samples, this configuration's has {here}: not the same data")
         self.load_weights(saved)
-        self.engine.load_moments(saved["optimizer"]["state"], self._fetch)
+        self.engine.load_moments(saved["optimizer"]["state"], self._source(saved))
         self.counters = Counters(**saved["counters"])
         states = saved["states"]
         self.plateau.load_state_dict(states["plateau"])
@@ -235,12 +239,13 @@ class State:
 
     def load_weights(self, saved: dict[str, Any]) -> None:
         """The weights and their average alone, strict; an average that was not kept starts at the weights."""
-        self.engine.load_weights(saved["model"], self._fetch, "the checkpoint")
+        source = self._source(saved)
+        self.engine.load_weights(saved["model"], source, "the checkpoint")
         if self.ema:
-            self.ema.load_state_dict(saved.get("ema") or saved["model"], self._fetch)
+            self.ema.load_state_dict(saved.get("ema") or saved["model"], source)
 
-    def _fetch(self, value: Tensor) -> Tensor:
-        return fetch(self.fabric, value)
+    def _source(self, saved: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        return Shards(saved) if SHARDS in saved else partial(fetch, self.fabric)
 
 
 def _require(task: Task, split: str) -> Dataset[Any]:

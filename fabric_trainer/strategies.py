@@ -209,9 +209,9 @@ def _make_strategy(config: Config, resolved: Resolved) -> Strategy | str:
         from fabric_trainer import zero
 
         return zero.make_strategy(config, resolved)
-    from fabric_trainer import fsdp
+    from fabric_trainer import fsdp, fsdp1
 
-    return fsdp.make_fsdp1(config, resolved) if name == "fsdp1" else fsdp.make_strategy(config, resolved)
+    return fsdp1.make_strategy(config, resolved) if name == "fsdp1" else fsdp.make_strategy(config, resolved)
 
 
 def _make_ddp(config: Config, resolved: Resolved) -> Strategy:

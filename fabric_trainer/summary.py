@@ -78,8 +78,8 @@ def _walk(module: nn.Module, name: str, level: int, depth: int, seen: set[int], 
         name=name,
         kind=type(module).__name__,
         depth=level,
-        parameters=sum(p.numel() for p in whole) + sum(r.parameters for r in direct),
-        trainable=sum(p.numel() for p in whole if p.requires_grad) + sum(r.trainable for r in direct),
+        parameters=sum(_elements(p) for p in whole) + sum(r.parameters for r in direct),
+        trainable=sum(_elements(p) for p in whole if p.requires_grad) + sum(r.trainable for r in direct),
         bytes=sum(_bytes(p) for p in whole) + sum(r.bytes for r in direct),
         lazy=len(whole) < len(own) or any(r.lazy for r in direct),
     )
@@ -118,7 +118,7 @@ def _sum(rows: list[_Row]) -> _Row:
 
 
 def _bytes(parameter: Parameter) -> int:
-    return parameter.numel() * parameter.element_size()
+    return _elements(parameter) * parameter.element_size()
 
 
 def _cells(row: _Row) -> list[Text]:
@@ -137,3 +137,8 @@ def _size(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 99.95 else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.2f} TB"
+
+
+def _elements(parameter: Parameter) -> int:
+    """Of the whole: under ZeRO-3 a rank's parameter is empty, and knows."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

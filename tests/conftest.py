@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,11 @@ def test_data() -> Path:
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Callable[[str], Path]:
+    """trained(strategy): the folder of its run, ``run``; each strategy is launched once, for all tests that ask."""
+    from launches import prepare
+
+    return prepare(tmp_path_factory.mktemp("strategies"))

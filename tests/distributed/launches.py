@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ from systems import document
 HERE = Path(__file__).resolve().parent
 
 
-def run_worker(folder: Path, strategy: str, jobs: dict[str, Any], timeout: float = 300) -> None:
-    """One launch: the jobs (functions of worker.py) one after the other, in the strategy's processes."""
-    (folder / f"{strategy}.yaml").write_text(yaml.safe_dump(document(strategy)))
-    command = [sys.executable, str(HERE / "worker.py"), str(folder), strategy, json.dumps(jobs)]
+def run_worker(
+    folder: Path, strategy: str, jobs: dict[str, Any], name: str | None = None, timeout: float = 300, **sections: Any
+) -> None:
+    """One launch: the jobs (functions of worker.py) one after the other, in the strategy's processes.
+
+    name: what the launch leaves its results under, where that isn't the strategy; sections: of the configuration.
+    """
+    name = name or strategy
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(document(strategy, **sections)))
+    command = [sys.executable, str(HERE / "worker.py"), str(folder), name, json.dumps(jobs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
     assert done.returncode == 0, f"{strategy}: {done.stdout[-2000:]}\n{done.stderr[-6000:]}"
@@ -29,3 +36,29 @@ def results(folder: Path, strategy: str, job: str) -> list[Any]:
     """What the ranks left."""
     paths = sorted((folder / strategy).glob(f"{job}-*.pt"))
     return [torch.load(path, weights_only=True) for path in paths]
+
+
+def prepare(folder: Path) -> Callable[[str], Path]:
+    """A function that gives a strategy's folder, after one launch with the jobs that need no other strategy."""
+    done: set[str] = set()
+
+    def launch(strategy: str) -> Path:
+        if strategy not in done:
+            quiet = {"run": {"log_every_n_steps": 100}, "evaluate": {"every": "100 steps"}}
+            jobs: dict[str, Any] = {
+                "train": {},
+                "collectives": {"config": document(strategy, **quiet, checkpoint={"every": "100 steps"})},
+                "recompute": {
+                    "config": document(
+                        strategy, task={"args": {"dropout": 0.3}}, schedule={"warmup": 0}, run={"max_steps": 3}
+                    )
+                },
+                "memory": {},
+            }
+            if strategy == "fsdp":
+                jobs["sync_after_accumulation"] = {}
+            run_worker(folder, strategy, jobs)
+            done.add(strategy)
+        return folder / strategy
+
+    return launch

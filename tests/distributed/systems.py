@@ -42,9 +42,10 @@ LARGER: dict[str, dict[str, Any]] = {
 }
 
 
-def document(strategy: str, **sections: dict[str, Any]) -> dict[str, Any]:
+def document(strategy: str, precision: str | None = None, **sections: dict[str, Any]) -> dict[str, Any]:
     """The YAML of a run under a strategy; sections are laid over the base's."""
     fabric = {"accelerator": "cpu", **(STRATEGIES | LARGER)[strategy]}
+    fabric |= {"precision": precision} if precision else {}
     made = {key: dict(value) for key, value in BASE.items()} | {"fabric": fabric}
     for name, keys in sections.items():
         made[name] = made.get(name, {}) | keys
@@ -110,16 +111,28 @@ class Masked(Task):
 
 
 class Faulty(Masked):
-    """Something goes wrong, once, in a training forward: the ``at``-th of this process, on one rank or (-1) on all."""
+    """Something goes wrong, once, in a training forward: the ``at``-th of this process, on one rank or (-1) on all.
 
-    def __init__(self, fault: str, at: int, rank: int = 1, samples: int = 37) -> None:
+    "data" goes wrong while the ``at``-th micro-batch is prepared.
+    """
+
+    def __init__(self, fault: str = "", at: int = -1, rank: int = 1, samples: int = 37) -> None:
         super().__init__(samples)
-        self.fault, self.at, self.rank, self.forwards = fault, at, rank, -1
+        self.fault, self.at, self.rank, self.forwards, self.prepared = fault, at, rank, -1, -1
+
+    def due(self, count: int) -> bool:
+        own = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        return count == self.at and self.rank in (-1, own)
+
+    def augment(self, batch: Batch) -> Batch:
+        self.prepared += 1
+        if self.fault == "data" and self.due(self.prepared):
+            raise OSError("a file of the data set can't be read")
+        return super().augment(batch)
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
         self.forwards += network.training
-        own = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        if not network.training or self.forwards != self.at or self.rank not in (-1, own):
+        if not network.training or not self.due(self.forwards):
             return super().loss(network, batch)
         if self.fault == "raise":
             raise ZeroDivisionError("a mistake in the task")
@@ -133,6 +146,13 @@ class Faulty(Masked):
         finally:
             Network.spoil = False
         return Loss(loss.total * torch.nan, loss.logs) if self.fault == "nan" else loss
+
+
+class FailsToSave:
+    """A callback that raises on rank 0, where a checkpoint was just given to its writer."""
+
+    def on_checkpoint_saved(self, **keys: Any) -> None:
+        raise OSError("the disk is gone")
 
 
 class OutOfMemoryInBackward(torch.autograd.Function):

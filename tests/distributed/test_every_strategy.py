@@ -172,3 +172,32 @@ def test_one_process_continues_what_every_strategy_saved(trained):
 @pytest.mark.parametrize("target", [*STRATEGIES, *LARGER])
 def test_every_pair(trained, target):
     resumed(trained, target, [*STRATEGIES, *LARGER])
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_a_rank_holds_of_a_hundred_million_parameters(tmp_path):
+    """Weights, moments and averages in float32 after two updates, no gradients: 16 bytes a parameter where a rank has
+    all, half of it where two ranks share. Prints the table of docs/distributed.md."""
+    sections: dict[str, Any] = {
+        "task": {"args": {"width": 3600}},
+        "run": {"max_steps": 2},
+        "schedule": {"warmup": 0},
+        "evaluate": {"every": "100 steps"},
+    }
+    held = {}
+    print("\n| strategy | held between updates, GB | largest resident size, GB |\n|---|---|---|")
+    for strategy in STRATEGIES:
+        name = f"{strategy} large"
+        run_worker(tmp_path, strategy, {"footprint": {}}, name=name, precision="32-true", timeout=900, **sections)
+        ranks = results(tmp_path, name, "footprint")
+        assert ranks[0]["parameters"] > 100e6
+        held[strategy] = max(rank["held"] for rank in ranks) / ranks[0]["parameters"]
+        most = [max(rank[key] for rank in ranks) / 1e9 for key in ("held", "peak")]
+        print(f"| {strategy} | {most[0]:.2f} | {most[1]:.2f} |")
+    assert 16 <= held["single"] < 17 and 16 <= held["ddp"] < 17
+    assert 8 <= held["fsdp"] < 9
+    for strategy in ("deepspeed1", "deepspeed2", "deepspeed3"):
+        assert held[strategy] < held["ddp"], strategy

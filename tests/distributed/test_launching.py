@@ -16,17 +16,28 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
-from test_ddp import CONFIG
 from toys import Regression
 
 from fabric_trainer import cli, slurm
 from fabric_trainer.checkpoint import load
-from fabric_trainer.errors import FINISHED, INPUT, INTERRUPTED, TRY_AGAIN
+from fabric_trainer.config import FabricConfig
+from fabric_trainer.errors import FINISHED, INPUT, INTERRUPTED, TRY_AGAIN, InputError
+from fabric_trainer.launch import meet_again, resolve
 from fabric_trainer.run import read_status
 
 pytestmark = pytest.mark.distributed
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = {
+    "task": {"path": "toys.Regression", "args": {"samples": 47}},
+    "batch": {"micro_batch_size": 4, "accumulate": 2},
+    "optim": {"args": {"eps": 1e-6}},
+    "clip": {"norm": 1.0},
+    "ema": {"decay": 0.9},
+    "run": {"max_epochs": 2},
+    "fabric": {"accelerator": "cpu", "precision": "64-true"},
+    "loggers": {"tensorboard": False},
+}
 SECONDS = 120  # for a launch, on a machine that is busy
 BIN = Path(sys.executable).parent
 TRAIN = [str(REPOSITORY / "train.py"), "--config", "toy.yaml"]
@@ -232,6 +243,27 @@ print("codes", codes)
 """
 
 
+@pytest.mark.parametrize(
+    "variables, world",
+    [
+        ({"RANK": "1", "WORLD_SIZE": "4"}, 4),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, 2),  # one pod: its devices are the configuration's to say
+        ({"RANK": "0", "WORLD_SIZE": "4", "NODE_RANK": "0"}, 2),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}, 4),
+        ({"RANK": "0", "WORLD_SIZE": "4", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}, 2),
+    ],
+)
+def test_whose_rank_it_is(monkeypatch, variables, world):
+    """RANK counts machines where nothing else counts processes."""
+    for name in os.environ:
+        if name.startswith(LAUNCHERS) or name in COUNTS:
+            monkeypatch.delenv(name)
+    for name, value in {"MASTER_ADDR": "a", "MASTER_PORT": "1", **variables}.items():
+        monkeypatch.setenv(name, value)
+    devices = "auto" if world == 4 else 2
+    assert resolve(FabricConfig(accelerator="cpu", devices=devices)).world_size == world
+
+
 def test_a_notebook_trains_twice_and_hears_of_errors(folder, reference):
     """In one process that forks: the cell goes on after an error."""
     (folder / "notebook.py").write_text(NOTEBOOK)
@@ -244,7 +276,8 @@ def test_a_notebook_trains_twice_and_hears_of_errors(folder, reference):
 
 
 def test_an_error_in_a_spawned_process_is_one_line(folder):
-    done = launch(folder, *(Process([*spawn()[0].command, "--resume", "nowhere.pt"]),))
+    (process,) = spawn()
+    done = launch(folder, Process([*process.command, "--resume", "nowhere.pt"]))
     assert done.codes == [INPUT]
     assert "error: --resume nowhere.pt: there is no such checkpoint" in done.said
     assert "Traceback" not in done.said
@@ -265,6 +298,17 @@ def test_torchrun_restarts_a_run_that_then_continues(folder, reference):
     assert_same(reference, run)
 
 
+def test_a_restart_on_two_nodes(folder, reference):
+    """The rank that is killed is on the second, so that the first, with rank 0, has not counted a restart."""
+    flags = ("--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free()}")
+    command = torchrun("--nnodes", "2", "--nproc-per-node", "1", *flags, "--rdzv-id", "pair")
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = launch(folder, *[Process([*command, *TRAIN, *struck(signal.SIGKILL)], own_store)] * 2)
+    assert done.codes == [FINISHED, FINISHED] and "resumed from" in done.said, done.said
+    (run,) = (path.parent for path in folder.glob("runs/*/run.json"))
+    assert_same(reference, run)
+
+
 def test_standalone_torchrun_brings_an_id_of_its_own(folder, reference):
     elastic = torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--rdzv-id", "X")
     done = launch(folder, Process([*elastic, *TRAIN, *struck(signal.SIGKILL)]))
@@ -280,6 +324,16 @@ def test_a_restartable_launch_without_id_or_name_is_refused(folder):
     assert "error: this launch may be restarted (--max-restarts): give --name, or the launcher's --rdzv-id" in done.said
     assert 'train.py", line' not in done.said, "a traceback of ours"
     assert not (folder / "runs").exists()
+
+
+def test_several_nodes_that_may_be_restarted_need_a_store_of_their_own(monkeypatch):
+    for name, value in {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(InputError, match="on several nodes needs --rdzv-backend c10d, and TORCH_DISABLE_SHARE"):
+        meet_again()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    meet_again()
 
 
 SCONTROL = """#!/bin/sh

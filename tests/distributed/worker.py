@@ -6,8 +6,10 @@ The jobs are the functions below; each rank leaves what it found in FOLDER/<stra
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import resource
 import sys
 import weakref
 from collections import Counter
@@ -22,11 +24,14 @@ import torch
 import yaml
 from lightning.fabric import Fabric
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fabric_trainer import Config, checkpoint, fit
 from fabric_trainer.cli import make_task
 from fabric_trainer.command import load
+from fabric_trainer.config import TaskConfig
 from fabric_trainer.portable import shared, whole
+from fabric_trainer.sharded_save import save_shards
 from fabric_trainer.state import State
 from fabric_trainer.strategies import make_fabric
 
@@ -62,6 +67,17 @@ def resume(fabric: Fabric, config: Config, folder: Path, sources: dict[str, str]
     return found
 
 
+def faulty(fabric: Fabric, config: Config, folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A whole run for each case, in which its task goes wrong."""
+    found = {}
+    for name, arguments in cases.items():
+        fabric._models_setup = 0
+        config.task = TaskConfig("systems.Faulty", arguments)
+        state = fit(fabric, make_task(config), config, folder / name)
+        found[name] = {"rows": state.memory.rows, "skipped": state.counters.skipped, "step": state.counters.step}
+    return found
+
+
 def recompute(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
     """Two runs with dropout, without and with activation checkpointing."""
     weights = {}
@@ -88,6 +104,18 @@ def memory(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
     return {"most": live.most, "largest": max(sizes), "all": sum(sizes), "live": live.now}
 
 
+def footprint(fabric: Fabric, config: Config, folder: Path) -> dict[str, int]:
+    """Bytes of all tensors that this process holds between two updates, and the largest its memory has been."""
+    state = fit(fabric, make_task(config), config)
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if isinstance(item, Tensor) and not item.is_meta]
+    pieces = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    storages = {piece.untyped_storage().data_ptr(): piece.untyped_storage().nbytes() for piece in pieces}
+    weights = sum(leaf.shape.numel() for leaf in state.engine.leaves.values())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"held": sum(storages.values()), "peak": peak, "parameters": weights}
+
+
 def sync_after_accumulation(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
     """Whether gradients are exchanged after Fabric's context was entered with enabled=False."""
     state = State(fabric, make_task(config), config)
@@ -96,6 +124,20 @@ def sync_after_accumulation(fabric: Fabric, config: Config, folder: Path) -> dic
     x = torch.ones(2, 8, dtype=torch.float64) * (fabric.global_rank + 1)
     fabric.backward(state.network(x).square().sum())
     return {"gradients": [parameter.grad is not None for parameter in state.engine.trainable]}
+
+
+def both_ways(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
+    """The state after a run, as shards and as one file."""
+    state = fit(fabric, make_task(config), config)
+    tree = state.state_dict()
+    own = checkpoint.Checkpoints(folder / "both", config.checkpoint) if fabric.is_global_zero else None
+    save_shards(own, tree, tree["counters"], {}, keep=True)
+    if own is not None:
+        own.save(tree, tree["counters"], {}, keep=True)
+        own.wait()
+    else:
+        checkpoint.take_part(tree)
+    return {}
 
 
 class Collectives:
