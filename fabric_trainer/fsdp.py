@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,8 @@ class ShardedStrategy(ModelParallelStrategy):
             mesh=mesh,
             # the root's own parameters are needed again first thing in the backward
             reshard_after_forward=self.fsdp.sharding == "FULL_SHARD" and not root,
-            mp_policy=self.policy,
+            # blocks hand on what they computed in; what leaves the network is float32
+            mp_policy=self.policy if root else replace(self.policy, output_dtype=None),
             offload_policy=CPUOffloadPolicy() if self.fsdp.cpu_offload else OffloadPolicy(),
         )
 

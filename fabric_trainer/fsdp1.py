@@ -159,7 +159,8 @@ class Fsdp1Engine(Engine):
     def refresh(self) -> None:
         """The root, or under SHARD_GRAD_OP every unit, keeps what a forward has gathered."""
         for unit in self._units():
-            _reshard(unit, unit._handle, free_unsharded_flat_param=True)
+            if unit._handle.uses_sharded_strategy:  # a single rank gathers nothing
+                _reshard(unit, unit._handle, free_unsharded_flat_param=True)
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         names = [name for group in self.names for name in group]

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fabric_trainer import checkpoint
+from fabric_trainer import checkpoint, memory
 from fabric_trainer.command import Command
 from fabric_trainer.config import Config, flatten, to_yaml
 from fabric_trainer.errors import InputError
@@ -128,8 +128,18 @@ def _continued(root: Path, name: str | None, command: Command, tell: Tell) -> Ch
     path = checkpoint.newest(folder / "checkpoints", tell)
     if path is None and folder.exists():
         tell(f"run {folder.name} has no checkpoint to continue from: it starts again")
-        shutil.rmtree(folder)
+        _clear(folder)
     return Choice(folder, path)
+
+
+def _clear(folder: Path) -> None:
+    """Nothing stays but what the run has found out about memory."""
+    note = folder / memory.NOTE
+    found = note.read_text() if note.is_file() else None
+    shutil.rmtree(folder)
+    if found is not None:
+        folder.mkdir()
+        write_atomically(note, found)
 
 
 def _from_path(path: Path, root: Path, name: str | None, command: Command) -> Choice:

@@ -177,6 +177,10 @@ def check_strategy(config: Config, resolved: Resolved) -> None:
             f"faults.oom: {name} can't {config.faults.oom}, its weights are in shards: auto or {row.oom[0]}",
         ),
         (
+            resolved.accelerator == "cpu" and name in ("fsdp", "fsdp1") and fabric.fsdp.cpu_offload,
+            "fabric.fsdp.cpu_offload: the weights are in host memory already; it is for GPUs",
+        ),
+        (
             name == "deepspeed" and fabric.deepspeed.offload_parameters and resolved.stage != 3,
             f"fabric.deepspeed.offload_parameters needs fabric.stage 3, not {resolved.stage}",
         ),

@@ -58,8 +58,8 @@ def configured(**sections: dict[str, Any]) -> dict[str, Any]:
     return document("fsdp", **sections | {"fabric": FABRIC | sections.get("fabric", {})})
 
 
-def launch(folder: Path, jobs: dict[str, Any]) -> None:
-    (folder / "fsdp1.yaml").write_text(yaml.safe_dump(configured()))
+def launch(folder: Path, jobs: dict[str, Any], **sections: dict[str, Any]) -> None:
+    (folder / "fsdp1.yaml").write_text(yaml.safe_dump(configured(**sections)))
     command = [sys.executable, __file__, str(folder), "fsdp1", json.dumps(jobs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
@@ -119,6 +119,11 @@ def test_shards_of_the_optimizer_alone_and_clipping_by_value(here, tmp_path):
     one = tmp_path / "single"
     assert_same_state(checkpoint_of(one, run="whole"), checkpoint_of(here, run="whole"), BOUND)
     assert_same_log(logged(one, "whole"), logged(here, "whole"), BOUND)
+
+
+def test_on_one_device_nothing_is_sharded(trained, tmp_path):
+    launch(tmp_path, {"train": {}}, fabric={"devices": 1})
+    assert_same_state(checkpoint_of(trained("single")), checkpoint_of(tmp_path / "fsdp1"), BOUND)
 
 
 def test_nan_on_one_rank_is_left_out_by_both(here):

@@ -90,7 +90,8 @@ def continues(folder: Path, source: str, target: str, reference: dict[str, Any],
         assert_equal(saved["optimizer"]["state"], taken["optimizer"]["state"], "optimizer")
     checkpoints = folder / name / f"from {source}/checkpoints"
     last = restored(checkpoints / ("last" if sections else "last.pt"))
-    assert_same_state(reference, last, 1e-10)
+    # Fabric's 64-true gives the network's output, and so the loss, in float32, in which a third is rounded
+    assert_same_state(reference, last, 1e-8 if target == "fsdp on 3" else 1e-10)
 
 
 @pytest.mark.parametrize("target", ["single", "ddp", "fsdp on 3", "tensor_parallel"])

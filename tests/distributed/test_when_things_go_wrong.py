@@ -100,6 +100,14 @@ def test_where_a_rank_cannot_split_the_job_starts_again_with_less(trained, tmp_p
     assert_same_state(checkpoint_of(trained("single")), finished(tmp_path), tolerance(strategy))
 
 
+def test_out_of_memory_before_the_first_checkpoint(tmp_path):
+    """The next attempt has nothing to continue, and takes smaller micro-batches all the same."""
+    code, output, _ = start(tmp_path, "single", "--faults.oom", "restart", fault="oom forward", at=0, rank=0)
+    assert code == 76, output
+    code, output, _ = start(tmp_path, "single", "--faults.oom", "restart", "--resume", "auto", at=-1)
+    assert code == 0 and "it starts again" in output and "micro-batches of 1 instead of 2" in output, output
+
+
 # ---- killed, stopped, failed ----------------------------------------------------------------------------------------
 
 
