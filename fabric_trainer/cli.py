@@ -309,7 +309,7 @@ def explain(state: State, choice: Choice | None) -> None:
         if choice is not None:
             lines |= {"folder": str(choice.folder)}
             lines |= {"resumed from": str(choice.resume_from)} if choice.resume_from else {}
-        print_summary(Console(), network=state.module, order_lines=lines)
+        print_summary(Console(), modules=state.modules, order_lines=lines)
 
 
 def print_metrics(metrics: dict[str, float]) -> None:

@@ -143,7 +143,7 @@ def check_names(own: dict[str, Any], saved: dict[str, Any], source: str) -> None
         "misshapen": [
             f"{name} {tuple(saved[name].shape)} for {tuple(own[name].shape)}"
             for name in own
-            if name in saved and saved[name].shape != own[name].shape
+            if isinstance(saved.get(name), Tensor) and saved[name].shape != own[name].shape
         ],
     }
     found = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]

@@ -29,6 +29,7 @@ from fabric_trainer.order import Accumulate, Order, accumulation
 from fabric_trainer.portable import fetch, optimizer_groups
 from fabric_trainer.ranks import data_parallel
 from fabric_trainer.sharded import SHARDS, Shards
+from fabric_trainer.summary import module_table
 from fabric_trainer.task import Task
 
 FORMAT = 1
@@ -99,6 +100,7 @@ class State:
 
         seed_everything(config.seed, verbose=False)
         network = build_network(task, config.fabric.fsdp)
+        self.modules = module_table(network)  # now: a strategy may leave this rank's pieces in it
         self.engine = make_engine(fabric, task, network, config, self.accumulate)
         self.module, self.network = self.engine.module, self.engine.network
         self.peaks = [group["lr"] for group in self.engine.bare_optimizer.param_groups]

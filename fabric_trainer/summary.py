@@ -48,10 +48,10 @@ def module_table(network: nn.Module, depth: int = 2) -> Table:
     return table
 
 
-def print_summary(console: Console, *, network: nn.Module, order_lines: Mapping[str, str]) -> None:
-    """Print the network's table and, below it, ``order_lines`` (label -> text) in two columns."""
+def print_summary(console: Console, *, modules: Table, order_lines: Mapping[str, str]) -> None:
+    """Print the network's table (``module_table``) and, below it, ``order_lines`` (label -> text) in two columns."""
     width = min(WIDTH, console.width) if console.is_terminal else WIDTH
-    console.print(module_table(network), width=width)
+    console.print(modules, width=width)
     console.print()
     block = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
     block.add_column(style="bold", no_wrap=True)
@@ -78,8 +78,8 @@ def _walk(module: nn.Module, name: str, level: int, depth: int, seen: set[int], 
         name=name,
         kind=type(module).__name__,
         depth=level,
-        parameters=sum(_elements(p) for p in whole) + sum(r.parameters for r in direct),
-        trainable=sum(_elements(p) for p in whole if p.requires_grad) + sum(r.trainable for r in direct),
+        parameters=sum(p.numel() for p in whole) + sum(r.parameters for r in direct),
+        trainable=sum(p.numel() for p in whole if p.requires_grad) + sum(r.trainable for r in direct),
         bytes=sum(_bytes(p) for p in whole) + sum(r.bytes for r in direct),
         lazy=len(whole) < len(own) or any(r.lazy for r in direct),
     )
@@ -118,7 +118,7 @@ def _sum(rows: list[_Row]) -> _Row:
 
 
 def _bytes(parameter: Parameter) -> int:
-    return _elements(parameter) * parameter.element_size()
+    return parameter.numel() * parameter.element_size()
 
 
 def _cells(row: _Row) -> list[Text]:
@@ -137,8 +137,3 @@ def _size(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 99.95 else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.2f} TB"
-
-
-def _elements(parameter: Parameter) -> int:
-    """Of the whole: under ZeRO-3 a rank's parameter is empty, and knows."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -107,7 +107,7 @@ def test_sizes(size: int, shown: str) -> None:
 def test_summary_is_plain_narrow_text_off_a_terminal() -> None:
     stream = io.StringIO()
     lines = {"batch": "32 micro × 4 accumulate × 1 rank = 128", "folder": "runs/[bold]name", "long": "word " * 60}
-    print_summary(Console(file=stream, width=300), network=Network(), order_lines=lines)
+    print_summary(Console(file=stream, width=300), modules=module_table(Network()), order_lines=lines)
     text = stream.getvalue()
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= WIDTH
