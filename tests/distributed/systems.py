@@ -70,9 +70,10 @@ class Network(nn.Module):
         self.embed, self.head = nn.Linear(8, width), nn.Linear(width, 2)
         self.blocks = nn.ModuleList(Residual(width, dropout) for _ in range(2))
         self.norm = nn.LayerNorm(width)
+        self.frozen = nn.Parameter(0.5 + torch.rand(width), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
+        x = self.embed(x) * self.frozen
         for block in self.blocks:
             x = OutOfMemoryInBackward.apply(block(x)) if self.spoil else block(x)
         return self.head(self.norm(x))
