@@ -62,5 +62,6 @@ def _sharing(tensor: Tensor) -> tuple[ProcessGroup, ...]:
     """The process groups over which a tensor is sharded; none for a whole one."""
     if not isinstance(tensor, DTensor):
         return ()
-    sharded = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
+    # not is_shard(): in 2-D the outer sharding is a _StridedShard, which denies it
+    sharded = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
     return tuple(tensor.device_mesh.get_group(dim) for dim in sharded)

@@ -29,14 +29,14 @@ class Row:
     """What a strategy can do. oom: its answers to an out-of-memory error, the first of which ``auto`` means."""
 
     sync: str
-    freezing: str
-    compile: str
     oom: tuple[str, ...]
     precisions: tuple[str, ...] = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "transformer-engine")
     clip_norm: bool = True
     clip_value: bool = True
     clip_p: bool = True
     ema: bool = True
+    freezing: str = "fixed before training"
+    compile: str = "not yet"
     full_save: bool = True
     sharded_save: bool = False
     cpu: bool = True
@@ -56,28 +56,24 @@ HEADINGS = {
     "cpu": "CPU",
     "precisions": "precision",
 }
-_DDP = Row("last micro-batch", "wraps anew", "whole, blocks", ("restart", "split"))
+_DDP = Row("last micro-batch", ("restart", "split"))
 _SHARDED = Row(
     "last micro-batch",
-    "in place",
-    "whole, blocks",
     ("restart",),
     ("32-true", "bf16-mixed", "bf16-true", "64-true"),
     sharded_save=True,
 )
 _OF_FABRIC = ("32-true", "16-mixed", "bf16-mixed", "bf16-true")
 TABLE = {
-    "single": Row("none", "in place", "whole, blocks", ("split", "restart")),
+    "single": Row("none", ("split", "restart")),
     "ddp": _DDP,
     "ddp_spawn": _DDP,
     "ddp_notebook": _DDP,
     "fsdp": _SHARDED,
     "tensor_parallel": _SHARDED,
-    "fsdp1": Row("last micro-batch", "rebuilds", "blocks", ("restart",), _OF_FABRIC, cpu=False),
+    "fsdp1": Row("last micro-batch", ("restart",), _OF_FABRIC, cpu=False),
     "deepspeed": Row(
         "ZeRO-1: last micro-batch\nZeRO-2, 3: every backward",
-        "rebuilds",
-        "blocks",
         ("restart",),
         _OF_FABRIC,
         clip_value=False,
@@ -96,7 +92,8 @@ def make_fabric(config: Config, callbacks: list[Any] | None = None, resolved: Re
     import torch
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments import KubeflowEnvironment
-    from lightning.fabric.plugins.precision import DoublePrecision
+
+    from fabric_trainer.precision import Double
 
     resolved = resolved or resolve(config.fabric)
     if lacking := problems(config, resolved):
@@ -107,7 +104,7 @@ def make_fabric(config: Config, callbacks: list[Any] | None = None, resolved: Re
     for name in VARIABLES:
         os.environ.pop(name, None)
     double = resolved.precision == "64-true"  # as an object: by its name Fabric refuses it for FSDP2
-    plugins: list[Any] = [DoublePrecision()] if double else []
+    plugins: list[Any] = [Double()] if double else []
     if one_process_per_machine():  # which Fabric does not find by itself
         plugins.append(KubeflowEnvironment())
     return Fabric(
