@@ -7,15 +7,12 @@ checkpoint (``sharded``) is a folder instead, and its links are ``last`` and ``b
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import pickle
-import shutil
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from torch import Tensor
 from fabric_trainer import sharded
 from fabric_trainer.config import CheckpointConfig
 from fabric_trainer.errors import CheckpointError, InputError
-from fabric_trainer.files import sync_folder, write_atomically
+from fabric_trainer.files import HashingFile, hidden, remove, sync_folder, write_atomically
 from fabric_trainer.portable import Leaf, local, whole
 from fabric_trainer.sharded import disk_error, sha256
 
@@ -150,47 +147,6 @@ class Checkpoints:
         write_atomically(self.folder / INDEX, json.dumps(self.index, indent=1))
 
 
-class HashingFile:
-    """A binary file that knows the sha256 of what went through it, and is on disk when it closes."""
-
-    def __init__(self, path: Path, open_: Callable[..., Any] = open) -> None:
-        self._path, self._file = path, open_(path, "wb", buffering=1 << 20)
-        self._hash, self.bytes, self.sha256 = hashlib.sha256(), 0, ""
-
-    def write(self, data: Any) -> int:
-        self._hash.update(data)
-        self.bytes += memoryview(data).nbytes
-        return int(self._file.write(data))
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def __enter__(self) -> HashingFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self.sha256 = self._hash.hexdigest()
-        except OSError:
-            kind = OSError
-            raise
-        finally:
-            if kind is None:
-                self._file.close()
-            else:
-                _discard(self._file, self._path)
-
-
-def _discard(file: Any, path: Path) -> None:
-    """Close and delete what could not be written; closing tries to flush once more, which may fail once more."""
-    with suppress(OSError):  # the error that led here is the one to report
-        file.close()
-    path.unlink(missing_ok=True)
-
-
 def not_written(path: Path, cause: OSError) -> CheckpointError:
     return CheckpointError(
         f"could not write {path}: {cause.strerror or cause}; the checkpoints before it are as they were"
@@ -199,21 +155,6 @@ def not_written(path: Path, cause: OSError) -> CheckpointError:
 
 def make_entry(counters: dict[str, Any], metrics: dict[str, float], keep: bool) -> dict[str, Any]:
     return {"window": counters["window"], "step": counters["step"], "metrics": metrics, "keep": keep}
-
-
-def hidden(path: Path) -> Path:
-    """Where it is while it is written."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def remove(path: Path) -> None:
-    """A file or a folder, if it is there; half a folder never has the name of a whole one."""
-    if path.is_dir() and not path.is_symlink():
-        gone = path if path.name.startswith(".") else path.with_name(f".{path.name}.gone.tmp")
-        os.replace(path, gone)
-        shutil.rmtree(gone)
-    else:
-        path.unlink(missing_ok=True)
 
 
 class Snapshot:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from fabric_trainer import sharded
-from fabric_trainer.checkpoint import Checkpoints, file_name, hidden, make_entry, not_written, remove
+from fabric_trainer.checkpoint import Checkpoints, file_name, make_entry, not_written
 from fabric_trainer.errors import InputError
+from fabric_trainer.files import hidden, remove
 from fabric_trainer.sharded import CheckpointException, disk_error
 
 

@@ -15,9 +15,10 @@ import torch
 from toys import Regression, config
 
 from fabric_trainer import checkpoint, fit
-from fabric_trainer.checkpoint import Checkpoints, HashingFile, check_finite, load, newest, read_index
+from fabric_trainer.checkpoint import Checkpoints, check_finite, load, newest, read_index
 from fabric_trainer.config import CheckpointConfig
 from fabric_trainer.errors import CheckpointError, InputError
+from fabric_trainer.files import HashingFile
 
 
 def tree(step: int) -> dict:

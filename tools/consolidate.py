@@ -32,7 +32,8 @@ def consolidate(folder: Path, out: Path | None = None) -> Path:
     """Returns the file. Raises InputError; CheckpointError where the folder is damaged; OSError for a full disk."""
     import torch
 
-    from fabric_trainer.checkpoint import HashingFile, hidden, load
+    from fabric_trainer.checkpoint import load
+    from fabric_trainer.files import HashingFile, hidden
     from fabric_trainer.sharded import SHARDS, disk_error, whole
 
     saved = load(folder)
