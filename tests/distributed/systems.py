@@ -72,6 +72,10 @@ class Network(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.frozen = nn.Parameter(0.5 + torch.rand(width), requires_grad=False)
 
+    def reset_parameters(self) -> None:
+        """Of its own tensor: what ``fabric.fsdp.meta_init`` asks of every module that has one."""
+        nn.init.constant_(self.frozen, 0.75)
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x) * self.frozen
         for block in self.blocks:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from launches import results, run_worker
-from systems import LARGER, STRATEGIES
+from lightning.fabric.utilities.seed import seed_everything
+from systems import LARGER, STRATEGIES, Masked
 
 from fabric_trainer.checkpoint import load
 
@@ -134,6 +135,24 @@ def after_five(one: Path) -> list[int]:
     (rank,) = results(one.parent, "single", "train")
     forwards = -(-checkpoint_of(one, 5)["counters"]["samples"] // 2)  # of micro-batches of 2
     return sorted(index for forward in rank["seen"][forwards:] for index in forward)
+
+
+def test_a_network_built_without_memory_is_drawn_block_by_block(trained):
+    """As one process draws it that calls the modules' reset_parameters() in the order of the blocks."""
+    here = trained("fsdp")
+    run_worker(here.parent, "fsdp", {"drawn": {}}, name="fsdp meta", fabric={"fsdp": {"meta_init": True}})
+    seed_everything(42, verbose=False)
+    network = Masked().network().double()
+    blocks = list(network.blocks)
+    seed_everything(42, verbose=False)
+    for unit in (*blocks, network):
+        for module in unit.modules():
+            inside = unit is network and any(module is part for block in blocks for part in block.modules())
+            if hasattr(module, "reset_parameters") and not inside:
+                module.reset_parameters()
+    for rank in results(here.parent, "fsdp meta", "drawn"):
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, rank[name]), name
 
 
 # ---- from each into each --------------------------------------------------------------------------------------------

@@ -104,6 +104,12 @@ def memory(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
     return {"most": live.most, "largest": max(sizes), "all": sum(sizes), "live": live.now}
 
 
+def drawn(fabric: Fabric, config: Config, folder: Path) -> dict[str, Tensor]:
+    """The weights before the first update, gathered."""
+    state = State(fabric, make_task(config), config)
+    return {name: whole(leaf).clone() for name, leaf in state.engine.weights().items()}
+
+
 def footprint(fabric: Fabric, config: Config, folder: Path) -> dict[str, int]:
     """Bytes of all tensors that this process holds between two updates, and the largest its memory has been."""
     state = fit(fabric, make_task(config), config)
