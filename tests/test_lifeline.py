@@ -100,7 +100,11 @@ def run(folder: Path, world: int, body: str, **options: object) -> Job:
 
 
 distributed = pytest.mark.distributed
-everywhere = pytest.mark.parametrize(("who", "where"), [(1, "recv"), (1, "all_reduce"), (0, "recv"), (0, "sleep")])
+slow = pytest.mark.slow
+everywhere = pytest.mark.parametrize(
+    ("who", "where"),
+    [(1, "recv"), (0, "sleep"), pytest.param(1, "all_reduce", marks=slow), pytest.param(0, "recv", marks=slow)],
+)
 
 
 @distributed
@@ -149,6 +153,7 @@ def test_leave_ends_all_with_its_code(tmp_path, who, where):
 
 
 @distributed
+@pytest.mark.slow
 def test_an_echo_that_comes_before_the_news_ends_with_its_code(tmp_path):
     body = """
 lifeline.SETTLE = 3
@@ -165,6 +170,7 @@ with Lifeline(rank, world, broadcast) as line:
 
 
 @distributed
+@pytest.mark.slow
 def test_ranks_that_raise_together_print_their_own(tmp_path):
     body = """
 with Lifeline(rank, world, broadcast):
@@ -178,6 +184,7 @@ with Lifeline(rank, world, broadcast):
 
 
 @distributed
+@pytest.mark.slow
 @pytest.mark.parametrize(("error", "code"), [("SystemExit(3)", 3), ("SystemExit('no')", 1), ("ValueError('no')", 2)])
 def test_codes_and_errors_that_the_caller_prints(tmp_path, error, code):
     body = """
@@ -241,6 +248,7 @@ for error in (SystemExit(0), SystemExit(None), KeyboardInterrupt()):
 
 
 @distributed
+@pytest.mark.slow
 def test_rank_zero_that_has_ended_still_hears_of_a_death(tmp_path):
     job = run(tmp_path, 2, "with Lifeline(rank, world, broadcast):\n    rank and time.sleep(1), rank and os._exit(5)\n")
     assert job.codes == [1, 5]
@@ -248,6 +256,7 @@ def test_rank_zero_that_has_ended_still_hears_of_a_death(tmp_path):
 
 
 @distributed
+@pytest.mark.slow
 def test_nothing_holds_up_the_end(tmp_path):
     """Rank 0's stderr is a pipe that nobody reads; rank 1 hangs while it ends."""
     body = """

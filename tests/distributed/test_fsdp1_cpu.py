@@ -96,6 +96,7 @@ def test_continues_what_one_process_saved(trained, here):
     assert_same_state(checkpoint_of(one), checkpoint_of(here, run="from single"), BOUND)
 
 
+@pytest.mark.slow
 def test_one_process_continues_what_it_saved(trained, here, tmp_path):
     one, path = trained("single"), here / "run/checkpoints/step-00000005.pt"
     run_worker(tmp_path, "single", {"resume": {"sources": {"fsdp1": str(path)}}})
@@ -103,6 +104,7 @@ def test_one_process_continues_what_it_saved(trained, here, tmp_path):
     assert_same_state(checkpoint_of(one), checkpoint_of(tmp_path / "single", run="from fsdp1"), BOUND)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_no_bit(here):
     for ranks in results(here.parent, "fsdp1", "recompute"):
         assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
@@ -114,6 +116,7 @@ def test_a_checkpoint_is_gathered_one_tensor_at_a_time(here):
         assert rank["live"] == 0
 
 
+@pytest.mark.slow
 def test_shards_of_the_optimizer_alone_and_clipping_by_value(here, tmp_path):
     run_worker(tmp_path, "single", {"faulty": {"cases": {"whole": {}}, "config": document("single", clip=CLIP)}})
     one = tmp_path / "single"
@@ -121,6 +124,7 @@ def test_shards_of_the_optimizer_alone_and_clipping_by_value(here, tmp_path):
     assert_same_log(logged(one, "whole"), logged(here, "whole"), BOUND)
 
 
+@pytest.mark.slow
 def test_on_one_device_nothing_is_sharded(trained, tmp_path):
     launch(tmp_path, {"train": {}}, fabric={"devices": 1})
     assert_same_state(checkpoint_of(trained("single")), checkpoint_of(tmp_path / "fsdp1"), BOUND)

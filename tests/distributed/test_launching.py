@@ -217,8 +217,8 @@ def assert_same(reference: dict, run: Path) -> None:
 # ---- every launcher -------------------------------------------------------------------------------------------------
 
 WAYS = (
-    *(python, torchrun_here, fabric_run, srun_named, addresses_by_hand, kubeflow),
-    *(two_agents_static, two_agents_c10d, spawn),
+    *(python, torchrun_here, fabric_run, srun_named, addresses_by_hand, two_agents_static, spawn),
+    *(pytest.param(way, marks=pytest.mark.slow) for way in (kubeflow, two_agents_c10d)),
 )
 
 
@@ -275,6 +275,7 @@ def test_a_notebook_trains_twice_and_hears_of_errors(folder, reference):
         assert_same(reference, folder / "runs" / name)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_spawned_process_is_one_line(folder):
     (process,) = spawn()
     done = launch(folder, Process([*process.command, "--resume", "nowhere.pt"]))
@@ -298,6 +299,7 @@ def test_torchrun_restarts_a_run_that_then_continues(folder, reference):
     assert_same(reference, run)
 
 
+@pytest.mark.slow
 def test_a_restart_on_two_nodes(folder, reference):
     """The rank that is killed is on the second, so that the first, with rank 0, has not counted a restart."""
     flags = ("--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free()}")
@@ -309,6 +311,7 @@ def test_a_restart_on_two_nodes(folder, reference):
     assert_same(reference, run)
 
 
+@pytest.mark.slow
 def test_standalone_torchrun_brings_an_id_of_its_own(folder, reference):
     elastic = torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--rdzv-id", "X")
     done = launch(folder, Process([*elastic, *TRAIN, *struck(signal.SIGKILL)]))

@@ -203,6 +203,7 @@ def measured(said: str) -> dict[str, float]:
     return {words[0]: float(words[1]) for words in lines if len(words) == 2}
 
 
+@pytest.mark.slow
 def test_the_pictures_are_of_the_best_weights(runs):
     best = restored(runs / "runs/a/checkpoints/best")["model"]["embed.weight"]
     assert float((runs / "pictured").read_text()) == pytest.approx(float(best.sum()), abs=1e-6)
@@ -221,12 +222,14 @@ def test_evaluate_and_predict(runs, one_process, which):
     assert "23 predictions" in one_process("--name", "a", "--predict", which, "--out", f"{step}.npz")
 
 
+@pytest.mark.slow
 def test_evaluate_on_two_ranks(runs, one_process):
     done = start(runs, "--name", "a", "--evaluate", "last")
     assert done.returncode == 0, done.stderr
     assert measured(done.stdout) == pytest.approx(measured(one_process("--name", "a", "--evaluate", "last")), abs=1e-10)
 
 
+@pytest.mark.slow
 def test_init_from_takes_the_weights_alone(runs, one_process):
     source = "runs/a/checkpoints/last"
     said = one_process("--name", "b", "--init_from", source, "--optim.lr", "1e-30", "--optim.weight_decay", "0")
@@ -248,6 +251,7 @@ def test_all_ranks_killed_in_a_save(runs, one_process, where):
     assert_same_state(restored(runs / "runs/a/checkpoints/last"), load(checkpoints / "last.pt"), 1e-10)
 
 
+@pytest.mark.slow
 def test_resume_by_a_path(runs, one_process):
     one_process("--name", "c", "--resume", "runs/a/checkpoints/step-00000006")
     assert_same_state(restored(runs / "runs/a/checkpoints/last"), load(runs / "runs/c/checkpoints/last.pt"), 1e-10)
