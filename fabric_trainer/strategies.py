@@ -174,6 +174,10 @@ def check_strategy(config: Config, resolved: Resolved) -> None:
             f"faults.oom: {name} can't {config.faults.oom}, its weights are in shards: auto or {row.oom[0]}",
         ),
         (
+            resolved.accelerator == "cpu" and fabric.ddp.sync_batchnorm,
+            "fabric.ddp.sync_batchnorm needs GPUs: torch has it for no other device",
+        ),
+        (
             fabric.fsdp.meta_init and (name not in ("fsdp", "fsdp1") or size > 1),
             f"fabric.fsdp.meta_init is for fsdp and fsdp1 without tensor parallelism, not for {name}",
         ),

@@ -254,6 +254,14 @@ REFUSED = {
         {},
         ("stage 3", "2"),
     ),
+    "fabric.ddp.sync_batchnorm": (("ddp",), {"fabric__ddp__sync_batchnorm": True}, {"accelerator": "cpu"}, ("GPU",)),
+    "fabric.fsdp.cpu_offload": (("fsdp",), {"fabric__fsdp__cpu_offload": True}, {"accelerator": "cpu"}, ("host",)),
+    "fabric.fsdp.meta_init": (
+        ("single", "ddp", "tensor_parallel", "deepspeed"),
+        {"fabric__fsdp__meta_init": True},
+        {},
+        ("fsdp and fsdp1",),
+    ),
 }
 
 
