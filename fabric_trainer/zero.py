@@ -135,6 +135,8 @@ class ZeroEngine(Engine):
         bare = self.make_optimizer()
         self.network, self.optimizer = fabric.setup(self.module, bare)
         self.deepspeed: Any = strategy.model
+        # else it counts: a first update of fewer micro-batches than the usual would not be made
+        self.deepspeed.set_gradient_accumulation_boundary(True)
         self.zero: Any = self.deepspeed.optimizer
         self.bare_optimizer = self.zero.optimizer
         compare_engine(self.deepspeed, strategy.config)
