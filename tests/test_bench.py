@@ -51,6 +51,7 @@ def test_seconds_leave_the_first_updates_out():
     assert work.seconds == 2
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_also_on_two_ranks():
     """Without a measurement the benchmark only checks."""

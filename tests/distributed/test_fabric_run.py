@@ -87,7 +87,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("which", REFUSED)
+SLOW = ("strategy, stage", "accelerator", "num_nodes")  # the launcher takes most of their time
+
+
+@pytest.mark.parametrize("which", [pytest.param(key, marks=[pytest.mark.slow] * (key in SLOW)) for key in REFUSED])
 def test_flags_that_contradict_the_configuration(folder, which):
     """``fabric run`` reports every failed process as 1; the line, and the 2 in its table, are ours."""
     flags, keys, says = REFUSED[which]

@@ -320,6 +320,7 @@ def test_standalone_torchrun_brings_an_id_of_its_own(folder, reference):
     assert_same(reference, run)
 
 
+@pytest.mark.slow
 def test_a_restartable_launch_without_id_or_name_is_refused(folder):
     elastic = torchrun("--nproc-per-node", "1", "--max-restarts", "1", "--master-port", str(free()))
     done = launch(folder, Process([*elastic, *TRAIN]))

@@ -79,7 +79,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name, ranks, options", CASES.values(), ids=CASES.keys())
+SLOW = ("a rank that has only padding", "fsdp x tensor_parallel")
+MARKED = [pytest.param(*case, id=key, marks=[pytest.mark.slow] * (key in SLOW)) for key, case in CASES.items()]
+
+
+@pytest.mark.parametrize("name, ranks, options", MARKED)
 def test_several_ranks_write_what_one_writes(folder, name, ranks, options):
     options = ("--fabric.devices", ranks[0], "--fabric.strategy", ranks[1], *options)
     done = start(folder, "--predict", "last", "--out", name, *options)

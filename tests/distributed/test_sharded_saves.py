@@ -93,7 +93,10 @@ def continues(folder: Path, source: str, target: str, reference: dict[str, Any],
     assert_same_state(reference, last, 1e-10)
 
 
-@pytest.mark.parametrize("target", ["single", "ddp", "fsdp on 3", "tensor_parallel"])
+LATER = [pytest.param(target, marks=pytest.mark.slow) for target in ("ddp", "tensor_parallel")]
+
+
+@pytest.mark.parametrize("target", ["single", "fsdp on 3", *LATER])
 def test_continues_under(folder, target):
     continues(folder, "fsdp", target, one(folder), **({"checkpoint": SHARDED} if "3" in target else {}))
 

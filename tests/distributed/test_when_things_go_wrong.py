@@ -26,6 +26,10 @@ PLACES = {f"{kind} {place}": {"fault": kind, "at": at} for kind in ("oom forward
           for place, at in (("first", 6), ("last", 8))}  # fmt: skip
 
 
+def slow(*arguments: Any) -> Any:
+    return pytest.param(*arguments, marks=pytest.mark.slow)
+
+
 def start(folder: Path, strategy: str, *flags: str, **fault: Any) -> tuple[int, str, float]:
     """A run of its own name ``run`` through the command line: exit code, what it printed, and its seconds."""
     made = document(strategy, task={"path": "systems.Faulty", "args": fault})
@@ -46,7 +50,7 @@ def finished(folder: Path) -> dict[str, Any]:
 # ---- all ranks skip -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tensor_parallel", "deepspeed2", "deepspeed3"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed2", slow("tensor_parallel"), slow("deepspeed3")])
 def test_a_nan_on_one_rank_is_skipped_by_all(trained, strategy):
     one, here = trained("single"), trained(strategy)
     forward = 12 if strategy == "tensor_parallel" else 6  # window 2: one data-parallel rank has six micro-batches
@@ -86,8 +90,13 @@ def test_ddp_splits_on_the_rank_that_runs_out(trained):
         assert_same_state(checkpoint_of(one), checkpoint_of(here, run=name), 1e-10)
 
 
-@pytest.mark.parametrize("strategy, places", [("fsdp", list(PLACES)), ("ddp", ["oom backward last"]),
-                                              ("deepspeed2", ["oom backward last"])])  # fmt: skip
+SOME = ["oom forward first", "oom backward last"]
+
+
+@pytest.mark.parametrize(
+    "strategy, places",
+    [("fsdp", SOME), ("deepspeed2", SOME[1:]), slow("fsdp", list(PLACES)), slow("ddp", SOME)],
+)
 def test_where_a_rank_cannot_split_the_job_starts_again_with_less(trained, tmp_path, strategy, places):
     for place in places:
         code, output, seconds = start(tmp_path, strategy, "--overwrite", **PLACES[place])
@@ -145,6 +154,7 @@ def test_a_rank_that_raises_ends_the_job_with_its_own_traceback(tmp_path, fault,
     assert output.count(line) <= 3, "no echo from the other rank"
 
 
+@pytest.mark.slow
 def test_the_stop_of_one_rank_saves_one_state(tmp_path):
     """SIGTERM at rank 1 alone: the file is whole, and of an update that both had finished."""
     code, output, _ = start(tmp_path, "fsdp", fault="SIGTERM", at=4, rank=1)
