@@ -62,7 +62,7 @@ class Agree(AbstractContextManager["Agree"]):
     def answer(self, stop: int = 0) -> Agreement:
         """What all ranks know of that window now. stop: a single process can still change its mind."""
         if self.group is None:
-            return self._own._replace(stop=stop or self._own.stop)
+            return self._own._replace(stop=stop) if stop else self._own
         self._work.wait()
         weight, interrupted, try_again, minutes, *counts = self._numbers.tolist()
         halvings = max((count for count, ranks in enumerate(counts, 1) if ranks), default=0)

@@ -26,7 +26,9 @@ class Window:
     def on(self, device: torch.device, rows: int | None = None) -> Iterator[tuple[Batch, bool]]:
         """(micro-batch on the device, whether it is the last), each copied while the one before it is computed; in
         pieces of at most ``rows`` rows."""
-        batches = self.micro_batches if rows is None else [p for batch in self.micro_batches for p in cut(batch, rows)]
+        batches = self.micro_batches
+        if rows is not None and len(batches[0]["index"]) > rows:  # the first is the largest
+            batches = [piece for batch in batches for piece in cut(batch, rows)]
         following = to_device(batches[0], device)
         for batch in batches[1:]:
             current, following = following, to_device(batch, device)
