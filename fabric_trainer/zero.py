@@ -74,6 +74,7 @@ def engine_config(config: Config, resolved: Resolved) -> dict[str, Any]:
             raise InputError(f"fabric.deepspeed.config: leave {section} out; optim.* and schedule.* are the loop's")
     zero = made.setdefault("zero_optimization", {})
     zero["stage"] = resolved.stage
+    zero.setdefault("reduce_bucket_size", 50_000_000)  # elements; of its own 5e8 stage 3 keeps 2 GB of float32
     offload = {"offload_optimizer": options.offload_optimizer, "offload_param": options.offload_parameters}
     for name in (name for name, wanted in offload.items() if wanted):
         zero.setdefault(name, {"device": "cpu", "pin_memory": True})
