@@ -118,10 +118,6 @@ def _unsynced(module: nn.Module, enabled: bool) -> Iterator[None]:
             unit.set_requires_gradient_sync(True, recurse=False)
 
 
-def on_meta(network: nn.Module) -> bool:
-    return any(tensor.is_meta for tensor in network.parameters())
-
-
 def check_resettable(network: nn.Module) -> None:
     """Raise InputError for a module that could not make its weights anew after it was built without memory."""
     for name, module in network.named_modules():

@@ -20,10 +20,9 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from fabric_trainer.clip import clip_gradients
 from fabric_trainer.config import Config, FsdpConfig
 from fabric_trainer.engine import Engine
-from fabric_trainer.errors import InputError
 from fabric_trainer.fsdp import DTYPES, materialise
+from fabric_trainer.optim import check_elementwise
 from fabric_trainer.portable import Fragment, Leaf, check_optimizer_names, fill
-from fabric_trainer.zero import ELEMENTWISE
 
 if TYPE_CHECKING:
     from fabric_trainer.launch import Resolved
@@ -70,12 +69,8 @@ class Fsdp1Engine(Engine):
 
     def set_up(self) -> None:
         """The optimizer first: FSDP keeps the parameters, but not their shapes, which tell weights from biases."""
-        fabric, name = self.fabric, self.config.optim.name
-        if name.lower() not in ELEMENTWISE:
-            raise InputError(
-                f"optim.name: fsdp1 steps flat pieces of the weights, which {name} can't; "
-                f"it may be {', '.join(ELEMENTWISE)}"
-            )
+        fabric = self.fabric
+        check_elementwise(self.config.optim.name, "fsdp1")
         materialise(self.module, torch.device("cpu"))  # FSDP would put other parameters in the place of meta ones
         for parameter in self.module.parameters():
             parameter.data = parameter.data.contiguous()  # pieces are cut in the order of memory

@@ -20,6 +20,9 @@ from fabric_trainer.imports import import_path
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _FUSED = ("cpu", "cuda", "xpu", "mps")  # devices on which torch's fused kernels run
 
+# some strategies cut the weights into flat pieces: only optimizers that treat every element alike step them rightly
+ELEMENTWISE = ("adam", "adamw", "adamax", "nadam", "radam", "sgd", "adadelta", "rmsprop", "asgd", "rprop")
+
 
 def build_optimizer(network: nn.Module, config: OptimConfig, device_type: str, scaled: bool = False) -> Optimizer:
     """The optimizer of the network's trainable parameters. Raises InputError for a wrong name or argument.
@@ -64,6 +67,15 @@ def optimizer_class(name: str) -> type[Optimizer]:
         near = difflib.get_close_matches(name.lower(), found, n=3) or sorted(found)
         raise InputError(f"optim.name: there is no {name}; did you mean {', '.join(near)}?")
     return found[name.lower()]
+
+
+def check_elementwise(name: str, strategy: str) -> None:
+    """Raise InputError where a strategy that steps flat pieces of the weights could not step them with ``name``."""
+    if name.lower() not in ELEMENTWISE:
+        raise InputError(
+            f"optim.name: {strategy} steps flat pieces of the weights, which {name} can't; "
+            f"it may be {', '.join(ELEMENTWISE)}"
+        )
 
 
 def parameter_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:

@@ -20,14 +20,12 @@ from fabric_trainer.engine import Engine
 from fabric_trainer.errors import BadGradientError, InputError
 from fabric_trainer.faults import Guard
 from fabric_trainer.launch import read_deepspeed
+from fabric_trainer.optim import check_elementwise
 from fabric_trainer.order import Accumulate, accumulation
 from fabric_trainer.portable import Fragment, Leaf, check_optimizer_names, put
 
 if TYPE_CHECKING:
     from fabric_trainer.launch import Resolved
-
-# ZeRO cuts the weights into flat pieces: only optimizers that treat every element alike step them rightly
-ELEMENTWISE = ("adam", "adamw", "adamax", "nadam", "radam", "sgd", "adadelta", "rmsprop", "asgd", "rprop")
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -124,12 +122,8 @@ class ZeroEngine(Engine):
     """ZeRO steps flat float32 pieces of the weights; a leaf is a slice of one."""
 
     def set_up(self) -> None:
-        fabric, name = self.fabric, self.config.optim.name
-        if name.lower() not in ELEMENTWISE:
-            raise InputError(
-                f"optim.name: deepspeed steps flat pieces of the weights, which {name} can't; "
-                f"it may be {', '.join(ELEMENTWISE)}"
-            )
+        fabric = self.fabric
+        check_elementwise(self.config.optim.name, "deepspeed")
         self.module = fabric.strategy.precision.convert_module(self.module).to(fabric.device)
         strategy: Any = fabric.strategy
         strategy.config.update(batch_config(self.config, fabric.world_size, self.accumulate))
