@@ -14,7 +14,8 @@ from typing import NoReturn
 
 import jsonargparse
 
-from fabric_trainer.config import DEFAULT_CONFIG, Config, check
+from fabric_trainer.checks import check
+from fabric_trainer.config import DEFAULT_CONFIG, Config
 from fabric_trainer.errors import InputError
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 
 from fabric_trainer import schedule
 from fabric_trainer.batch import rescaled, resolve_accumulate
-from fabric_trainer.config import Config, FsdpConfig, check
+from fabric_trainer.checks import check
+from fabric_trainer.config import Config, FsdpConfig
 from fabric_trainer.ema import EMA
 from fabric_trainer.engine import make_engine
 from fabric_trainer.errors import InputError

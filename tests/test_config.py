@@ -14,8 +14,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from fabric_trainer.batch import divided, rescaled, resolve_accumulate
+from fabric_trainer.checks import check
 from fabric_trainer.command import load, parse
-from fabric_trainer.config import BatchConfig, Config, FsdpConfig, check, data_root, flatten, to_yaml
+from fabric_trainer.config import BatchConfig, Config, FsdpConfig, data_root, flatten, to_yaml
 from fabric_trainer.errors import InputError
 from fabric_trainer.order import check_accumulate
 

@@ -1,0 +1,75 @@
+"""Whether a configuration can be that of any run: cheap, and before anything else is imported.
+
+What needs the task's class or a device is checked where that is built; what a strategy can't do, in ``strategies.py``.
+"""
+
+from __future__ import annotations
+
+from fabric_trainer.config import Config
+from fabric_trainer.errors import InputError
+from fabric_trainer.every import Every
+from fabric_trainer.order import check_accumulate
+
+YEAR = 525_600  # minutes
+
+
+def check(config: Config) -> None:
+    """Raise InputError for values that no run can have."""
+    _at_least("batch.micro_batch_size", config.batch.micro_batch_size, 1)
+    _at_least("run.log_every_n_steps", config.run.log_every_n_steps, 1)
+    _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    _at_least("data.num_workers", config.data.num_workers, 0)
+    _at_least("seed", config.seed, 0)
+    _at_least("fabric.num_nodes", config.fabric.num_nodes, 1)
+    _at_least("schedule.warmup", config.schedule.warmup, 0)
+    _at_least("schedule.every", config.schedule.every, 1)
+    _at_least("schedule.patience", config.schedule.patience, 0)
+    _at_least("faults.budget", config.faults.budget, 0)
+    _at_least("checkpoint.top_k", config.checkpoint.top_k, 0)
+    for key, length in (
+        ("run.max_epochs", config.run.max_epochs),
+        ("run.max_steps", config.run.max_steps),
+        ("batch.global_batch_size", config.batch.global_batch_size),
+        ("evaluate.micro_batch_size", config.evaluate.micro_batch_size),
+        ("fabric.tensor_parallel_size", config.fabric.tensor_parallel_size),
+    ):
+        if length is not None:
+            _at_least(key, length, 1)
+    for key, limit in (("norm", config.clip.norm), ("value", config.clip.value), ("p", config.clip.p)):
+        if limit is not None and not limit > 0:
+            raise InputError(f"clip.{key} must be above 0, not {limit}")
+    if not 0 < config.fabric.timeout <= YEAR:
+        raise InputError(f"fabric.timeout must be above 0 minutes and at most {YEAR}, not {config.fabric.timeout}")
+    blocks = config.fabric.fsdp.blocks
+    if blocks == [] or (isinstance(blocks, int) and blocks < 1):
+        raise InputError(f"fabric.fsdp.blocks must be class names, a number above 0 or null, not {blocks}")
+    for section, value in (("evaluate.every", config.evaluate.every), ("checkpoint.every", config.checkpoint.every)):
+        _interval(section, value)
+    if config.checkpoint.keep_every is not None:
+        _interval("checkpoint.keep_every", config.checkpoint.keep_every)
+    if config.clip.norm is not None and config.clip.value is not None:
+        raise InputError("clip.norm and clip.value are both set: clip by one of them")
+    if config.run.max_epochs is None and config.run.max_steps is None:
+        raise InputError("run.max_epochs or run.max_steps must say how long to train")
+    if config.schedule.name == "plateau" and config.checkpoint.monitor is None:
+        raise InputError("schedule.name: plateau follows checkpoint.monitor, which is not set")
+    if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
+        raise InputError(f"ema.decay must be at least 0 and below 1, not {config.ema.decay}")
+    if config.batch.global_batch_size is not None and config.batch.accumulate != 1:
+        raise InputError("batch.accumulate and batch.global_batch_size are both set: one follows from the other")
+    try:
+        check_accumulate(config.batch.accumulate)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _at_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"{key} must be at least {least}, not {value}")
+
+
+def _interval(key: str, value: str) -> None:
+    try:
+        Every.parse(value)
+    except ValueError as error:
+        raise InputError(f"{key} {error}") from None
