@@ -5,12 +5,15 @@ What needs the task's class or a device is checked where that is built; what a s
 
 from __future__ import annotations
 
+import math
+
 from fabric_trainer.config import Config
 from fabric_trainer.errors import InputError
 from fabric_trainer.every import Every
 from fabric_trainer.order import check_accumulate
 
 YEAR = 525_600  # minutes
+FOLLOW_A_METRIC = ("adaptive", "advanced")  # strategies of freezing
 
 
 def check(config: Config) -> None:
@@ -57,14 +60,48 @@ def check(config: Config) -> None:
         raise InputError(f"ema.decay must be at least 0 and below 1, not {config.ema.decay}")
     if config.batch.global_batch_size is not None and config.batch.accumulate != 1:
         raise InputError("batch.accumulate and batch.global_batch_size are both set: one follows from the other")
+    _check_freeze(config)
     try:
         check_accumulate(config.batch.accumulate)
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
-def _at_least(key: str, value: int, least: int) -> None:
-    if value < least:
+def _check_freeze(config: Config) -> None:
+    freeze = config.freeze
+    _at_least("freeze.fixed.unfreeze", freeze.fixed.unfreeze, 1)
+    _at_least("freeze.adaptive.patience", freeze.adaptive.patience, 1)
+    _at_least("freeze.progressive.interval", freeze.progressive.interval, 1)
+    for key, count in (
+        ("freeze.fixed.phase1_epochs", freeze.fixed.phase1_epochs),
+        ("freeze.progressive.limit", freeze.progressive.limit),
+    ):
+        if count is not None:
+            _at_least(key, count, 1)
+    _at_least("freeze.adaptive.min_improvement", freeze.adaptive.min_improvement, 0)
+    for key, value in (("freeze.lr", freeze.lr), ("freeze.lr_decay", freeze.lr_decay)):
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{key} must be above 0, not {value}")
+    if freeze.units is not None and (
+        not freeze.units or (isinstance(freeze.units, dict) and not all(freeze.units.values()))
+    ):
+        raise InputError(f"freeze.units must name patterns, or be null for the task's own units, not {freeze.units}")
+    if (freeze.strategy == "schedule") != bool(freeze.schedule):
+        raise InputError(
+            "freeze.strategy: schedule and freeze.schedule, such as {0: [], 500: [layer4]}, need each other"
+        )
+    if freeze.schedule and (0 not in freeze.schedule or min(freeze.schedule) < 0):
+        raise InputError(
+            f"freeze.schedule must start at step 0, such as {{0: [], 500: [layer4]}}, not {freeze.schedule}"
+        )
+    if freeze.strategy in FOLLOW_A_METRIC and freeze.monitor is None and config.checkpoint.monitor is None:
+        raise InputError(
+            f"freeze.strategy: {freeze.strategy} follows freeze.monitor or checkpoint.monitor; neither is set"
+        )
+
+
+def _at_least(key: str, value: float, least: int) -> None:
+    if not value >= least:  # nor is a NaN
         raise InputError(f"{key} must be at least {least}, not {value}")
 
 

@@ -112,6 +112,62 @@ class EmaConfig:
 
 
 @dataclass
+class FixedFreezeConfig:
+    """fixed: the units stay frozen, for good or for a first phase."""
+
+    phase1_epochs: int | None = None
+    """Epochs after which the second phase begins; null: the units stay frozen for the whole run."""
+    unfreeze: int = 3
+    """How many units the second phase trains, the first in order."""
+
+
+@dataclass
+class AdaptiveFreezeConfig:
+    """adaptive: unfreezes the next unit when the monitored metric stands still."""
+
+    patience: int = 2
+    """Evaluated epochs without improvement before the next unit is unfrozen."""
+    min_improvement: float = 0.005
+    """What the metric must gain on its best to count as improved, in its own units."""
+
+
+@dataclass
+class ProgressiveFreezeConfig:
+    """progressive: unfreezes the next unit at fixed intervals."""
+
+    interval: int = 5
+    """Epochs between two units; the first comes after as many."""
+    limit: int | None = None
+    """How many units it unfreezes at most; null: all."""
+
+
+@dataclass
+class FreezeConfig:
+    """Which units (layers, blocks) train, and from when on."""
+
+    strategy: Literal[
+        "none", "fixed", "schedule", "adaptive", "progressive", "early_gradual", "gradient_guided", "advanced"
+    ] = "none"
+    """none trains everything, fixed keeps the units frozen, schedule goes by the step; the others unfreeze unit after
+    unit, deciding at the end of each epoch."""
+    units: list[str] | dict[str, list[str]] | None = None
+    """Name patterns in the order of unfreezing, or {unit: [patterns]}; else those that the task names."""
+    lr: float | None = None
+    """Peak learning rate of the units; else optim.lr."""
+    lr_decay: float = 1.0
+    """Each further unit's rate is that of the one before times this."""
+    monitor: str | None = None
+    """adaptive, advanced: the metric followed; else checkpoint.monitor."""
+    mode: Literal["min", "max"] | None = None
+    """Which end of it is good; else checkpoint.mode."""
+    schedule: dict[int, list[str]] = field(default_factory=dict)
+    """schedule: the units (names or patterns) that train from a step on: {0: [], 500: [layer4], 2000: ['layer*']}."""
+    fixed: FixedFreezeConfig = field(default_factory=FixedFreezeConfig)
+    adaptive: AdaptiveFreezeConfig = field(default_factory=AdaptiveFreezeConfig)
+    progressive: ProgressiveFreezeConfig = field(default_factory=ProgressiveFreezeConfig)
+
+
+@dataclass
 class FaultsConfig:
     """What to do about a gradient that is not finite, and about a full device."""
 
@@ -289,6 +345,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     fabric: FabricConfig = field(default_factory=FabricConfig)
     run: RunConfig = field(default_factory=RunConfig)
