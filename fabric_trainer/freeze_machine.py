@@ -51,7 +51,7 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class Warmup:
-    """The learning rate of a unit just unfrozen rises from ``start`` to 1 over ``epochs``, ``done`` of which are past."""
+    """A unit just unfrozen: its learning rate rises from ``start`` to 1 over ``epochs``, ``done`` of which are past."""
 
     epochs: int
     start: float = 0.1

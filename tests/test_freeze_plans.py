@@ -72,7 +72,7 @@ def test_a_schedule_may_freeze_again():
 
 
 def test_a_schedule_of_unknown_units_is_refused():
-    with pytest.raises(InputError, match="freeze.schedule 5: no unit fits layer9; there are layer4, layer3"):
+    with pytest.raises(InputError, match=r"freeze\.schedule 5: no unit fits layer9; there are layer4, layer3"):
         plan("schedule", schedule={0: [], 5: ["layer9"]})
 
 
