@@ -310,12 +310,19 @@ class WandbConfig:
     """Weights & Biases."""
 
     project: str | None = None
+    """Where the run is listed."""
     entity: str | None = None
+    """Whose project: a user or a team."""
     name: str | None = None
+    """Shown for the run; else the name of its folder."""
     group: str | None = None
+    """Runs shown together."""
     tags: list[str] = field(default_factory=list)
+    """To find runs by."""
     notes: str | None = None
+    """A description of the run."""
     mode: Literal["online", "offline"] = "online"
+    """offline: written beside the run, for wandb sync."""
 
 
 @dataclass
