@@ -14,6 +14,34 @@ from fabric_trainer.order import check_accumulate
 
 YEAR = 525_600  # minutes
 FOLLOW_A_METRIC = ("adaptive", "advanced")  # strategies of freezing
+LEASTS = {  # the smallest values in the sections of freeze
+    "fixed": {"phase1_epochs": 1, "unfreeze": 1},
+    "adaptive": {"patience": 1, "min_improvement": 0},
+    "progressive": {"interval": 1, "limit": 1},
+    "early_gradual": {"from_epoch": 0, "per_epoch": 1},
+    "gradient_guided": {
+        "threshold": 0,
+        "sampling_epochs": 0,
+        "patience": 0,
+        "per_epoch": 1,
+        "warmup_epochs": 1,
+        "probes": 1,
+    },
+    "advanced": {
+        "threshold": 0,
+        "analysis_window": 0,
+        "patience": 0,
+        "per_epoch": 1,
+        "warmup_epochs": 1,
+        "probes": 2,  # a change of sign is between two
+        "rollback_patience": 1,
+        "rollback_threshold": 0,
+        "emergency_epoch": 0,
+        "emergency_patience": 1,
+        "emergency_units": 1,
+        "emergency_warmup": 1,
+    },
+}
 
 
 def check(config: Config) -> None:
@@ -69,16 +97,19 @@ def check(config: Config) -> None:
 
 def _check_freeze(config: Config) -> None:
     freeze = config.freeze
-    _at_least("freeze.fixed.unfreeze", freeze.fixed.unfreeze, 1)
-    _at_least("freeze.adaptive.patience", freeze.adaptive.patience, 1)
-    _at_least("freeze.progressive.interval", freeze.progressive.interval, 1)
-    for key, count in (
-        ("freeze.fixed.phase1_epochs", freeze.fixed.phase1_epochs),
-        ("freeze.progressive.limit", freeze.progressive.limit),
+    for section, leasts in LEASTS.items():
+        for key, least in leasts.items():
+            value = getattr(getattr(freeze, section), key)
+            if value is not None:
+                _at_least(f"freeze.{section}.{key}", value, least)
+    for key, share in (
+        ("early_gradual.target", freeze.early_gradual.target),
+        ("advanced.emergency_start", freeze.advanced.emergency_start),
     ):
-        if count is not None:
-            _at_least(key, count, 1)
-    _at_least("freeze.adaptive.min_improvement", freeze.adaptive.min_improvement, 0)
+        if not 0 < share <= 1:
+            raise InputError(f"freeze.{key} must be above 0 and at most 1, not {share}")
+    if not 0 <= freeze.advanced.momentum < 1:
+        raise InputError(f"freeze.advanced.momentum must be at least 0 and below 1, not {freeze.advanced.momentum}")
     for key, value in (("freeze.lr", freeze.lr), ("freeze.lr_decay", freeze.lr_decay)):
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"{key} must be above 0, not {value}")

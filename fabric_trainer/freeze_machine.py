@@ -32,7 +32,7 @@ class Reading:
     """Of one frozen unit on one probe batch; an entry per parameter tensor, always in the same order."""
 
     mean: tuple[float, ...]  # of |g|
-    variance: tuple[float, ...]  # of g
+    variance: tuple[float, ...]  # of g; of a single element 0
     sign: tuple[int, ...]  # of the mean of sign(g): -1, 0 or 1
     activation: float  # standard deviation of the unit's output
 

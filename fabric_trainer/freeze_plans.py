@@ -1,13 +1,21 @@
-"""The freezing strategies that follow a step, an epoch or a metric; ``docs/freezing.md`` tells how they differ."""
+"""The freezing strategies that measure nothing of the frozen units; ``docs/freezing.md`` tells how they differ."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
+from math import isfinite
 
-from fabric_trainer.config import AdaptiveFreezeConfig, FixedFreezeConfig, FreezeConfig, ProgressiveFreezeConfig
+from fabric_trainer.config import (
+    AdaptiveFreezeConfig,
+    EarlyGradualFreezeConfig,
+    FixedFreezeConfig,
+    FreezeConfig,
+    ProgressiveFreezeConfig,
+)
 from fabric_trainer.errors import InputError
+from fabric_trainer.freeze_guided import Advanced, GradientGuided
 from fabric_trainer.freeze_machine import Action, Plan, Probe, Reading, Unit, Warmup
 
 __all__ = ["Action", "Plan", "Probe", "Reading", "Schedule", "Unit", "Warmup", "make_plan"]
@@ -26,9 +34,13 @@ def make_plan(config: FreezeConfig, units: Sequence[Unit]) -> Plan:
         return Adaptive(config.adaptive, units)
     if config.strategy == "progressive":
         return Progressive(config.progressive, units)
-    if config.strategy == "none":
-        return Nothing()
-    raise NotImplementedError(config.strategy)
+    if config.strategy == "early_gradual":
+        return EarlyGradual(config.early_gradual, units)
+    if config.strategy == "gradient_guided":
+        return GradientGuided(config.gradient_guided, units)
+    if config.strategy == "advanced":
+        return Advanced(config.advanced, units)
+    return Nothing()
 
 
 class Nothing(Plan):
@@ -102,7 +114,7 @@ class Adaptive(Plan):
     def decide(self, metric: float | None, epoch: int, probe: Probe) -> Action:
         if metric is None:
             return Action()
-        if self.best is None or metric - self.best > self.config.min_improvement:  # a NaN never is
+        if isfinite(metric) and (self.best is None or metric - self.best > self.config.min_improvement):
             self.best, self.bad = metric, 0
             return Action()
         self.bad += 1
@@ -126,3 +138,22 @@ class Progressive(Plan):
         if (epoch + 1) % self.config.interval or len(self.unfrozen) >= limit:
             return Action()
         return self.release(self.next_frozen(1), f"after {epoch + 1} epochs")
+
+
+class EarlyGradual(Plan):
+    """A few units every epoch from early on, until the ``target`` share of all units' parameters trains."""
+
+    strategy = "early_gradual"
+
+    def __init__(self, config: EarlyGradualFreezeConfig, units: Sequence[Unit]) -> None:
+        super().__init__(units)
+        self.config = config
+        self.total = sum(unit.parameters for unit in units)
+
+    def decide(self, metric: float | None, epoch: int, probe: Probe) -> Action:
+        if epoch < self.config.from_epoch or self._trained() >= self.config.target * self.total:
+            return Action()
+        return self.release(self.next_frozen(self.config.per_epoch), f"towards {self.config.target:.0%} of parameters")
+
+    def _trained(self) -> int:
+        return sum(self.units[name].parameters for name in self.unfrozen)
