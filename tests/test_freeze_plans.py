@@ -382,9 +382,8 @@ def test_one_gradient_above_the_bounds_is_enough():
 
 
 def test_a_neighbour_in_warm_up_holds_a_unit_back():
-    """layer4.1 warms up for two epochs, 1 and 2. layer3.1, at a distance of 1, need not wait (4.1 - 3.1 is a little less
-    in floating point). layer4.0, at a distance of 0.1, would till the end of 2, and of 0.9 from layer3.1 till that of 3.
-    """
+    """layer4.1 warms up for two epochs, 1 and 2. layer3.1, at a distance of 1, need not wait (4.1 - 3.1 is a little
+    less in floating point). layer4.0, at 0.1, has to till the end of 2, and, at 0.9 from layer3.1, till that of 3."""
     units = [Unit(f"layer{n}.{i}", 10, "sub_block", n + i / 10) for n, i in ((4, 1), (4, 0), (3, 1), (3, 0))]
     machine = advanced(units, patience=0, analysis_window=0, dependencies=False)
     probe = flipping(**{"layer4.1": 0.4, "layer4.0": 0.3, "layer3.1": 0.2})
