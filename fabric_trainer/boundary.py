@@ -12,6 +12,7 @@ from fabric_trainer.errors import InputError
 from fabric_trainer.evaluate import evaluate
 from fabric_trainer.every import Clock, Every
 from fabric_trainer.order import Span
+from fabric_trainer.probe import probe
 from fabric_trainer.record import Record
 from fabric_trainer.sharded_save import save_shards
 from fabric_trainer.state import State
@@ -45,6 +46,8 @@ class Boundary(AbstractContextManager["Boundary"]):
         self._set_soonest()
         if state.owes_evaluation:
             self.evaluate()
+            if state.freezer.plan.follows_metric:
+                self.freeze(state.order.span(state.counters.window - 1))
             self.save()
 
     def _resumed_clock(self) -> Clock:
@@ -88,11 +91,13 @@ class Boundary(AbstractContextManager["Boundary"]):
         self.record.flush(show="log" in due or finished)
         if span.last:
             self.end_epoch(span.epoch)
-        improved = False
-        if state.val_set is not None and (finished or "evaluate" in due):
+        improved, follows = False, state.freezer.plan.follows_metric
+        if state.val_set is not None and (finished or "evaluate" in due or (span.last and follows)):
             state.owes_evaluation = bool(state.stopped)
             if not state.stopped:
                 improved = self.evaluate()
+        if not (follows and state.owes_evaluation):
+            self.freeze(span)
         if finished or state.stopped or improved or {"save", "keep"} & due:
             self.save(keep="keep" in due)
         self.record.restart_clock()
@@ -102,7 +107,9 @@ class Boundary(AbstractContextManager["Boundary"]):
 
     def _set_soonest(self) -> None:
         """The first mark of each unit: all that an ordinary update has to be compared with."""
-        self._soonest = {"steps": float(self.state.steps), "epochs": math.inf, "minutes": math.inf}
+        change = self.state.freezer.next_change
+        steps = float(self.state.steps if change is None else min(change, self.state.steps))
+        self._soonest = {"steps": steps, "epochs": math.inf, "minutes": math.inf}
         for name, mark in self.marks.items():
             unit = self.every[name].unit
             self._soonest[unit] = min(self._soonest[unit], mark - 1e-9)
@@ -114,6 +121,28 @@ class Boundary(AbstractContextManager["Boundary"]):
         state.history.add_epoch({"epoch": epoch, "step": state.counters.step, **means})
         self.record.metrics(means)
         self.fabric.call("on_epoch_end", state=state, metrics=means)
+
+    def freeze(self, span: Span) -> None:
+        """Freeze and unfreeze what is due: by the step, or at the end of an epoch, which advances the plan."""
+        state, freezer = self.state, self.state.freezer
+        before, freezer.step = freezer.frozen, state.counters.step
+        if span.last and freezer.parts:
+            metric = self._followed() if freezer.plan.follows_metric else None
+            readings = probe(state, span.epoch, freezer.plan.probes) if freezer.plan.probes else []
+            for note in freezer.plan.on_epoch(metric, span.epoch, readings).notes:
+                self.record.print(f"freeze: {note}")
+        if freezer.frozen != before:
+            state.refreeze()
+            self.record.print(f"freeze: step {freezer.step} · {freezer.count(state.module)}")
+        self._set_soonest()
+
+    def _followed(self) -> float:
+        """The metric that the plan follows, higher meaning better."""
+        config = self.state.config
+        monitor = config.freeze.monitor or config.checkpoint.monitor
+        if monitor not in self.metrics:
+            raise InputError(f"freeze.monitor: no {monitor} among the metrics {', '.join(self.metrics)}")
+        return self.metrics[monitor] * (1 if (config.freeze.mode or config.checkpoint.mode) == "max" else -1)
 
     def evaluate(self) -> bool:
         """Measure the raw and the averaged weights; returns whether the monitored metric is the best so far."""

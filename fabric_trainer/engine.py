@@ -17,6 +17,7 @@ from fabric_trainer.clip import clip_gradients
 from fabric_trainer.config import Config
 from fabric_trainer.ddp import UnsyncedDDP
 from fabric_trainer.faults import Guard
+from fabric_trainer.freeze import Freezer
 from fabric_trainer.optim import build_optimizer
 from fabric_trainer.order import Accumulate
 from fabric_trainer.portable import Leaf
@@ -30,9 +31,17 @@ class Engine:
     """
 
     def __init__(
-        self, fabric: Fabric, task: Task, module: nn.Module, config: Config, accumulate: Accumulate = 1
+        self,
+        fabric: Fabric,
+        task: Task,
+        module: nn.Module,
+        config: Config,
+        freezer: Freezer,
+        accumulate: Accumulate = 1,
     ) -> None:
-        self.fabric, self.module, self.config, self.accumulate = fabric, module, config, accumulate
+        self.fabric, self.module, self.config = fabric, module, config
+        self.freezer, self.accumulate = freezer, accumulate
+        freezer.apply(module)
         self.prepare(task)
         self.set_up()
         self.trainable = [parameter for group in self.groups for parameter in group]
@@ -59,7 +68,7 @@ class Engine:
     def make_optimizer(self) -> Optimizer:
         """Also notes each group's parameters and their names: a strategy may put others in their place."""
         device, scaled = self.fabric.device.type, getattr(self, "scaler", None) is not None
-        made = build_optimizer(self.module, self.config.optim, device, scaled)
+        made = build_optimizer(self.module, self.config.optim, device, scaled, self.freezer.parts)
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         self.groups = [list(group["params"]) for group in made.param_groups]
         self.names = [[names[id(parameter)] for parameter in group] for group in self.groups]
@@ -67,6 +76,16 @@ class Engine:
 
     def find_leaves(self) -> dict[str, Leaf]:
         return dict(self.module.named_parameters())
+
+    def refreeze(self) -> bool:
+        """Let other parameters require a gradient, as the freezer says now. False where the strategy can't follow."""
+        self.freezer.apply(self.module)
+        if isinstance(self.fabric.strategy, DDPStrategy):  # which notes them once, when it wraps the network
+            self.network = self.fabric.setup_module(self.module)
+        return True
+
+    def close(self) -> None:
+        """Before another engine takes this one's place."""
 
     # ---- an update ----------------------------------------------------------------------------------------------
 
@@ -130,13 +149,12 @@ class Engine:
             self.scaler.load_state_dict(saved)
 
 
-def make_engine(fabric: Fabric, task: Task, module: nn.Module, config: Config, accumulate: Accumulate) -> Engine:
+def make_engine(
+    fabric: Fabric, task: Task, module: nn.Module, config: Config, freezer: Freezer, accumulate: Accumulate
+) -> Engine:
+    kind = Engine
     if isinstance(fabric.strategy, DeepSpeedStrategy):
-        from fabric_trainer.zero import ZeroEngine  # needs the package deepspeed
-
-        return ZeroEngine(fabric, task, module, config, accumulate)
-    if isinstance(fabric.strategy, FSDPStrategy):
-        from fabric_trainer.fsdp1 import Fsdp1Engine  # a kind of Engine
-
-        return Fsdp1Engine(fabric, task, module, config, accumulate)
-    return Engine(fabric, task, module, config, accumulate)
+        from fabric_trainer.zero import ZeroEngine as kind  # needs the package deepspeed
+    elif isinstance(fabric.strategy, FSDPStrategy):
+        from fabric_trainer.fsdp1 import Fsdp1Engine as kind  # a kind of Engine
+    return kind(fabric, task, module, config, freezer, accumulate)

@@ -41,8 +41,7 @@ def fit(
     CheckpointError where saving fails; an exception of the task's goes through.
     """
     state = state or State(fabric, task, config, saved)
-    network, engine, counters, device = state.network, state.engine, state.counters, fabric.device
-    memory = state.memory
+    counters, memory, device = state.counters, state.memory, fabric.device
     memory.folder = folder
     with (
         _frozen_collector(),
@@ -60,7 +59,7 @@ def fit(
             config.data.num_workers,
             pin_memory=device.type == "cuda",
         )
-        network.train()
+        state.train()
         window = next(stream, EMPTY)
         agree.ask(window.weight)
         while not state.finished and not state.stopped:
@@ -77,12 +76,12 @@ def fit(
 
             if weight > 0:
                 # one step; what became of the one before is known by now, so the step counter is exact
-                update.norm = engine.clip()
+                update.norm = state.engine.clip()
                 settle(state, record)
                 update.rates = state.set_learning_rate()
                 state.guard.step(update.norm)
                 state.open = update
-                engine.drop_gradients()
+                state.engine.drop_gradients()
             else:
                 counters.empty += 1
 
@@ -121,7 +120,7 @@ def backward(state: State, update: Update) -> None:
     for batch, last in window.on(fabric.device, state.memory.rows):
         with accumulating(fabric, network, not last):
             loss = state.task.loss(network, batch)
-            fabric.backward(loss.total / (update.weight / ranks.size))
+            fabric.backward(loss.total / (update.weight / ranks.size), model=network)
         update.add(loss)
     update.complete = True
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from types import ModuleType
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from fabric_trainer.config import OptimConfig
 from fabric_trainer.errors import InputError
 from fabric_trainer.imports import import_path
 
+if TYPE_CHECKING:
+    from fabric_trainer.freeze import Part
+
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _FUSED = ("cpu", "cuda", "xpu", "mps")  # devices on which torch's fused kernels run
 
@@ -24,11 +28,18 @@ _FUSED = ("cpu", "cuda", "xpu", "mps")  # devices on which torch's fused kernels
 ELEMENTWISE = ("adam", "adamw", "adamax", "nadam", "radam", "sgd", "adadelta", "rmsprop", "asgd", "rprop")
 
 
-def build_optimizer(network: nn.Module, config: OptimConfig, device_type: str, scaled: bool = False) -> Optimizer:
+def build_optimizer(
+    network: nn.Module,
+    config: OptimConfig,
+    device_type: str,
+    scaled: bool = False,
+    parts: Mapping[str, Part] = MappingProxyType({}),
+) -> Optimizer:
     """The optimizer of the network's trainable parameters. Raises InputError for a wrong name or argument.
 
     device_type: where the weights will be; torch's fused kernels are used where they run there. scaled: the run has
     an fp16 loss scaler, which can't unscale for clipping when the kernel unscales by itself, so then none is used.
+    parts: the freeze units, which have groups of their own.
     """
     cls = optimizer_class(config.name)
     accepted = inspect.signature(cls).parameters
@@ -41,7 +52,7 @@ def build_optimizer(network: nn.Module, config: OptimConfig, device_type: str, s
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise InputError(f"optim.name: {cls.__name__} needs a closure that runs the loss again; take another")
-    groups = [part for group in parameter_groups(network, config) for part in _by_mesh(group)]
+    groups = [part for group in parameter_groups(network, config, parts) for part in _by_mesh(group)]
     if not {"fused", "foreach"} & set(arguments):
         if "fused" in accepted and device_type in _FUSED and not scaled and _all_floating(groups):
             arguments["fused"] = True
@@ -78,24 +89,40 @@ def check_elementwise(name: str, strategy: str) -> None:
         )
 
 
-def parameter_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """``decay`` and ``no_decay`` (norms by module type, biases, other vectors), or ``all`` where there is one kind.
+def parameter_groups(
+    network: nn.Module, config: OptimConfig, parts: Mapping[str, Part] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """``decay`` and ``no_decay`` (norms by module type, biases, other vectors), or ``all`` where there is one kind;
+    of each freeze unit ``<unit>/decay`` and so on, with the unit's own peak rate.
 
-    Only parameters that require a gradient now: the groups are fixed for the whole run.
+    Only parameters that require a gradient now, or will when their unit is unfrozen: the groups are fixed for the
+    whole run.
     """
-    if not any(parameter.requires_grad for parameter in network.parameters()):
+    owners = {name: unit for unit, part in parts.items() for name in part.names}
+    own: dict[str | None, dict[str, nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad or name in owners:
+            own.setdefault(owners.get(name), {})[name] = parameter
+    if not own:
         raise InputError("the network has no parameter that requires a gradient: there is nothing to train")
     in_norms = {id(p) for module in network.modules() if isinstance(module, _NORMS) for p in module.parameters(False)}
+    groups = []
+    for unit in sorted(own, key=[None, *parts].index):
+        for group in _by_decay(own[unit], in_norms, config):
+            of_unit = {"name": f"{unit}/{group['name']}", "unit": unit, "lr": parts[unit].lr} if unit is not None else {}
+            groups.append(group | of_unit)
+    return groups
+
+
+def _by_decay(named: dict[str, nn.Parameter], in_norms: set[int], config: OptimConfig) -> list[dict[str, Any]]:
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            bare = id(parameter) in in_norms or name.rpartition(".")[2] == "bias" or parameter.ndim < 2
-            (rest if bare else decay).append(parameter)
+    for name, parameter in named.items():
+        bare = id(parameter) in in_norms or name.rpartition(".")[2] == "bias" or parameter.ndim < 2
+        (rest if bare else decay).append(parameter)
     if config.weight_decay == 0 or config.decay_everything or not decay or not rest:
-        every = [parameter for parameter in network.parameters() if parameter.requires_grad]
         weight_decay = config.weight_decay if decay or config.decay_everything else 0.0
-        return [{"name": "all", "params": every, **_decay(config, weight_decay)}]
+        return [{"name": "all", "params": list(named.values()), **_decay(config, weight_decay)}]
     return [
         {"name": "decay", "params": decay, **_decay(config, config.weight_decay)},
         {"name": "no_decay", "params": rest, **_decay(config, 0.0)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Callable
@@ -15,14 +16,16 @@ from lightning.fabric.utilities.seed import seed_everything
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fabric_trainer import schedule
+from fabric_trainer import portable, schedule
 from fabric_trainer.batch import rescaled, resolve_accumulate
+from fabric_trainer.checkpoint import Snapshot, take_part
 from fabric_trainer.checks import check
 from fabric_trainer.config import Config, FsdpConfig
 from fabric_trainer.ema import EMA
 from fabric_trainer.engine import make_engine
 from fabric_trainer.errors import InputError
 from fabric_trainer.evaluate import Split
+from fabric_trainer.freeze import Freezer
 from fabric_trainer.fsdp import check_resettable
 from fabric_trainer.history import History
 from fabric_trainer.memory import Memory
@@ -101,15 +104,12 @@ class State:
 
         seed_everything(config.seed, verbose=False)
         network = build_network(task, config.fabric.fsdp)
+        self.freezer = Freezer(network, config.freeze, task.units(network), config.optim.lr)
+        if saved:
+            self.freezer.load_state_dict(saved["states"].get("freeze"), saved["counters"]["step"])
+        self.freezer.apply(network)
         self.modules = module_table(network)  # now: a strategy may leave this rank's pieces in it
-        self.engine = make_engine(fabric, task, network, config, self.accumulate)
-        self.module, self.network = self.engine.module, self.engine.network
-        self.peaks = [group["lr"] for group in self.engine.bare_optimizer.param_groups]
-        self.ema: EMA | None = None
-        if config.ema.decay is not None:
-            engine = self.engine
-            self.ema = EMA(self.module, config.ema.decay, config.ema.warmup, engine.leaves, engine.refresh)
-        self.guard = self.engine.make_guard()
+        self._set_up(network)
         oom = config.faults.oom
         answer = ("split" if fabric.world_size == 1 else "restart") if oom == "auto" else oom
         self.memory = Memory(config.batch.micro_batch_size, answer)
@@ -122,6 +122,53 @@ class State:
         self._since = time.perf_counter()
         if saved:
             self.load_state_dict(saved)
+
+    def _set_up(self, network: nn.Module) -> None:
+        """What holds the network's tensors."""
+        config = self.config
+        engine = make_engine(self.fabric, self.task, network, config, self.freezer, self.accumulate)
+        self.engine, self.guard = engine, engine.make_guard()
+        self.peaks = [group["lr"] for group in engine.bare_optimizer.param_groups]
+        self.ema: EMA | None = None
+        if config.ema.decay is not None:
+            self.ema = EMA(engine.module, config.ema.decay, config.ema.warmup, engine.leaves, engine.refresh)
+
+    def refreeze(self) -> None:
+        """Freeze and unfreeze what the freezer says now; all ranks together, between two updates. Weights, averages
+        and the moments of all others stay as they are."""
+        if not self.engine.refreeze():
+            saved = portable.shared(self.fabric, self._gathered())
+            self.engine.close()
+            with torch.random.fork_rng():
+                network = build_network(self.task, self.config.fabric.fsdp)
+            self._set_up(network)
+            self._load_tensors(saved)
+            self.train()
+            _collect()
+
+    def _gathered(self) -> Callable[[], dict[str, Any]]:
+        """The state as rank 0 would save it; all ranks together."""
+        tree = self.state_dict()
+        if self.fabric.is_global_zero:
+            whole = Snapshot().take(tree)
+            return lambda: whole
+        take_part(tree)
+        return dict
+
+    @property
+    def module(self) -> nn.Module:
+        """The bare network."""
+        return self.engine.module
+
+    @property
+    def network(self) -> Any:
+        """What Fabric made of it."""
+        return self.engine.network
+
+    def train(self) -> None:
+        """Training mode, but for the statistics of what is frozen."""
+        self.network.train()
+        self.freezer.set_modes(self.module)
 
     def _length(self) -> int:
         """The updates of the whole run, if none is skipped: what the schedules span."""
@@ -170,7 +217,7 @@ class State:
         share = self.share(self.counters.step) * self.plateau.share
         rates = {}
         for group, peak in zip(self.engine.bare_optimizer.param_groups, self.peaks, strict=True):
-            rates["lr/" + group["name"]] = group["lr"] = peak * share
+            rates["lr/" + group["name"]] = group["lr"] = peak * share * self.freezer.share(group.get("unit"))
         return rates
 
     def describe(self) -> dict[str, str]:
@@ -194,6 +241,7 @@ class State:
                 for group, names in zip(engine.bare_optimizer.param_groups, engine.names, strict=True)
             ),
             "device": f"{fabric.device}, strategy {config.fabric.strategy}, precision {precision}",
+            **({"freezing": self.freezer.describe()} if self.freezer.parts else {}),
             "out of memory": self.memory.answer,
             "threads": str(torch.get_num_threads()),
             "seed": str(config.seed),
@@ -217,6 +265,7 @@ class State:
             "states": {
                 "plateau": self.plateau.state_dict(),
                 "scaler": self.engine.scaler_state(),
+                "freeze": self.freezer.state_dict(),
                 "epoch": asdict(self.epoch),
                 "history": self.history.state_dict(),
                 "owes_evaluation": self.owes_evaluation,
@@ -230,15 +279,18 @@ class State:
         here, there = self.order.plan.length(0), saved["batch"]["epoch_samples"]
         if here != there:
             raise InputError(f"the run's epoch has {there} samples, this configuration's has {here}: not the same data")
-        self.load_weights(saved)
-        self.engine.load_moments(saved["optimizer"]["state"], self._source(saved))
+        self._load_tensors(saved)
         self.counters = Counters(**saved["counters"])
         states = saved["states"]
         self.plateau.load_state_dict(states["plateau"])
-        self.engine.load_scaler_state(states["scaler"])
         self.epoch = EpochSums(**states["epoch"])
         self.history.load_state_dict(states["history"])
         self.owes_evaluation = states["owes_evaluation"]
+
+    def _load_tensors(self, saved: dict[str, Any]) -> None:
+        self.load_weights(saved)
+        self.engine.load_moments(saved["optimizer"]["state"], self._source(saved))
+        self.engine.load_scaler_state(saved["states"]["scaler"])
 
     def load_weights(self, saved: dict[str, Any]) -> None:
         """The weights and their average alone, strict; an average that was not kept starts at the weights."""
@@ -249,6 +301,15 @@ class State:
 
     def _source(self, saved: dict[str, Any]) -> Callable[[Tensor], Tensor]:
         return Shards(saved) if SHARDS in saved else partial(fetch, self.fabric)
+
+
+def _collect() -> None:
+    """Really: the loop has the collector leave alone what was there when it began."""
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    gc.collect()
+    if frozen:
+        gc.freeze()
 
 
 def _require(task: Task, split: str) -> Dataset[Any]:

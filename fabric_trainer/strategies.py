@@ -35,7 +35,7 @@ class Row:
     clip_value: bool = True
     clip_p: bool = True
     ema: bool = True
-    freezing: str = "fixed before training"
+    freezing: str = "at any time"
     compile: str = "not yet"
     full_save: bool = True
     sharded_save: bool = False
@@ -71,13 +71,14 @@ TABLE = {
     "ddp_notebook": _DDP,
     "fsdp": _SHARDED,
     "tensor_parallel": _SHARDED,
-    "fsdp1": Row("last micro-batch", ("restart",), _OF_FABRIC, cpu=False),
+    "fsdp1": Row("last micro-batch", ("restart",), _OF_FABRIC, freezing="fixed before training", cpu=False),
     "deepspeed": Row(
         "ZeRO-1: last micro-batch\nZeRO-2, 3: every backward",
         ("restart",),
         _OF_FABRIC,
         clip_value=False,
         clip_p=False,
+        freezing="at any time: the engine is made anew",
         cpu=False,
     ),
 }
@@ -184,6 +185,16 @@ def check_strategy(config: Config, resolved: Resolved) -> None:
         (
             resolved.accelerator == "cpu" and name in ("fsdp", "fsdp1") and fabric.fsdp.cpu_offload,
             "fabric.fsdp.cpu_offload: the weights are in host memory already; it is for GPUs",
+        ),
+        (
+            name == "fsdp1" and config.freeze.strategy not in ("none", "fixed"),
+            f"freeze.strategy: under fsdp1 what is frozen is fixed before training; {config.freeze.strategy} runs under "
+            "fsdp and all others",
+        ),
+        (
+            name == "deepspeed" and resolved.stage == 3 and config.freeze.strategy in ("gradient_guided", "advanced"),
+            f"freeze.strategy: {config.freeze.strategy} measures gradients of frozen weights, which ZeRO-3 keeps in "
+            "pieces; fabric.stage may be 1 or 2",
         ),
         (
             name == "deepspeed" and fabric.deepspeed.offload_parameters and resolved.stage != 3,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,6 +82,11 @@ class Task:
     def blocks(self, network: nn.Module) -> Iterable[nn.Module]:
         """The repeated parts, such as a transformer's layers, inner ones first: what is sharded one at a time. Without
         any the whole network is gathered at once, which saves no memory in the forward."""
+        return []
+
+    def units(self, network: nn.Module) -> Sequence[str] | Mapping[str, Sequence[str]]:
+        """What ``freeze.strategy`` freezes where ``freeze.units`` names nothing: patterns, in the order of unfreezing,
+        such as ["backbone.layer4", "backbone.layer3"]. What is in none, such as the head, always trains."""
         return []
 
     def weight(self, batch: Batch) -> Tensor | float:

@@ -127,7 +127,9 @@ class ZeroEngine(Engine):
         self.module = fabric.strategy.precision.convert_module(self.module).to(fabric.device)
         strategy: Any = fabric.strategy
         strategy.config.update(batch_config(self.config, fabric.world_size, self.accumulate))
+        self.parked: dict[str, dict[str, Any]] = {}  # moments of frozen parameters
         bare = self.make_optimizer()
+        self._leave_out_frozen(bare)
         self.network, self.optimizer = fabric.setup(self.module, bare)
         self.deepspeed: Any = strategy.model
         # else it counts: a first update of fewer micro-batches than the usual would not be made
@@ -136,6 +138,19 @@ class ZeroEngine(Engine):
         self.bare_optimizer = self.zero.optimizer
         compare_engine(self.deepspeed, strategy.config)
         self.scaler = self.zero.loss_scaler if self.deepspeed.fp16_enabled() else None
+
+    def _leave_out_frozen(self, optimizer: Optimizer) -> None:
+        """ZeRO takes no group without a parameter to step; units are frozen as a whole, and each has its own groups."""
+        trained = [i for i, group in enumerate(optimizer.param_groups) if group["params"][0].requires_grad]
+        optimizer.param_groups[:] = [optimizer.param_groups[i] for i in trained]
+        self.groups, self.names = [self.groups[i] for i in trained], [self.names[i] for i in trained]
+
+    def refreeze(self) -> bool:
+        """ZeRO lays its pieces out once, for what trains at the time: this engine must give way to another."""
+        return False
+
+    def close(self) -> None:
+        self.deepspeed.destroy()
 
     def find_leaves(self) -> dict[str, Leaf]:
         stepped = {id(parameter) for parameter in self.trainable}
@@ -159,7 +174,7 @@ class ZeroEngine(Engine):
     # ---- state --------------------------------------------------------------------------------------------------
 
     def moments(self) -> dict[str, dict[str, Any]]:
-        found = {}
+        found = dict(self.parked)
         for name, parameter in self._named():
             flat, *_ = self._place(parameter)
             state = self.bare_optimizer.state.get(flat)
@@ -171,7 +186,9 @@ class ZeroEngine(Engine):
         return found
 
     def load_moments(self, saved: dict[str, dict[str, Any]], fetch: Callable[[Tensor], Tensor]) -> None:
-        check_optimizer_names([name for group in self.names for name in group], saved)
+        trained, waiting = {name for name, _ in self._named()}, self.freezer.names
+        check_optimizer_names([*trained, *waiting], saved)
+        self.parked = {name: self._park(values, fetch) for name, values in saved.items() if name not in trained}
         self.bare_optimizer.state.clear()
         on_device = any(group.get("fused") or group.get("capturable") for group in self.bare_optimizer.param_groups)
         for name, parameter in self._named():
@@ -185,6 +202,13 @@ class ZeroEngine(Engine):
                 else:
                     state.setdefault(key, torch.zeros_like(flat))
                     put(self._slice(parameter, state[key]), fetch(value))
+
+    def _park(self, values: dict[str, Any], fetch: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """A frozen parameter's moments: rank 0 keeps them, on the host, until they are needed again."""
+        fetched = {key: fetch(value) if isinstance(value, Tensor) else value for key, value in values.items()}
+        if not self.fabric.is_global_zero:
+            return {}
+        return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in fetched.items()}
 
     def refresh(self) -> None:
         """The forward reads its weights from copies of the pieces, gathered."""

@@ -55,6 +55,13 @@ def prepare(folder: Path) -> Callable[[str], Path]:
                 },
                 "memory": {},
             }
+            frozen = {"strategy": "schedule", "schedule": {0: [], 4: ["blocks.1"], 7: ["blocks.*", "embed"]}}
+            steady = {"task": {"path": "systems.Normed"}, "schedule": {"name": "constant", "warmup": 0}}
+            thawing = document(strategy, freeze=frozen, **steady)
+            jobs["freezing"] = {"config": thawing, "resumes": [3, 4, 7, 8]}
+            if strategy != "deepspeed3":  # which can't
+                fixed = document(strategy, freeze={"strategy": "fixed"}, run={"max_steps": 1}, **steady)
+                jobs["probing"] = {"config": fixed}
             if strategy == "fsdp":
                 jobs["sync_after_accumulation"] = {}
             run_worker(folder, strategy, jobs)

@@ -115,6 +115,21 @@ class Masked(Task):
         return Loss((error * batch["weight"]).sum(), {"abs": (error.detach().sqrt() * batch["weight"]).sum()})
 
 
+class Normed(Masked):
+    """Begins with a BatchNorm, whose statistics stand still while ``embed`` is frozen. 36 samples: never one alone."""
+
+    def __init__(self) -> None:
+        super().__init__(36)
+
+    def network(self) -> nn.Module:
+        network = Network(self.width, 0.0)
+        network.embed = nn.Sequential(nn.Linear(8, self.width, bias=False), nn.BatchNorm1d(self.width))
+        return network
+
+    def units(self, network: nn.Module) -> list[str]:
+        return ["blocks.*", "embed"]
+
+
 class Faulty(Masked):
     """Something goes wrong, once, in a training forward: the ``at``-th of this process, on one rank or (-1) on all.
 

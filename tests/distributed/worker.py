@@ -13,6 +13,7 @@ import resource
 import sys
 import weakref
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from fabric_trainer import Config, checkpoint, fit
 from fabric_trainer.cli import make_task
 from fabric_trainer.command import load
 from fabric_trainer.config import TaskConfig
-from fabric_trainer.portable import shared, whole
+from fabric_trainer.portable import Leaf, local, shared, whole
+from fabric_trainer.probe import probe
 from fabric_trainer.sharded_save import save_shards
 from fabric_trainer.state import State
 from fabric_trainer.strategies import make_fabric
@@ -144,6 +146,38 @@ def both_ways(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
     else:
         checkpoint.take_part(tree)
     return {}
+
+
+def freezing(fabric: Fabric, config: Config, folder: Path, resumes: list[int]) -> dict[str, Any]:
+    """A run whose frozen set changes, one in which it doesn't, and the first one again from each of these steps."""
+    fit(fabric, make_task(config), config, folder / "freezing")
+    fabric.barrier()
+    for step in resumes:
+        path = folder / "freezing" / "checkpoints" / f"step-{step:08d}.pt"
+        saved = shared(fabric, lambda path=path: checkpoint.load(path))
+        fit(fabric, make_task(config), config, folder / f"freezing from {step}", saved=saved)
+    config.freeze.schedule = {0: []}
+    config.run.max_steps = 4
+    fit(fabric, make_task(config), config, folder / "frozen")
+    return {}
+
+
+def probing(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
+    """The readings of two probe batches, after an update, and whether anything was left changed."""
+    state = fit(fabric, make_task(config), config)
+
+    def traces() -> list[Any]:
+        tree = state.state_dict()
+        leaves = [*tree["model"].values(), *tree["ema"].values()]
+        leaves += [value for values in tree["optimizer"]["state"].values() for value in values.values()]
+        flags = [(p.requires_grad, p.grad is None) for p in state.module.parameters()]
+        return [local(leaf).clone() for leaf in leaves if isinstance(leaf, Leaf)] + [torch.get_rng_state(), flags]
+
+    before = traces()
+    readings = probe(state, 0, 2)
+    after = traces()
+    same = [torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, after, strict=True)]
+    return {"readings": [{unit: asdict(reading) for unit, reading in each.items()} for each in readings], "same": same}
 
 
 class Collectives:
