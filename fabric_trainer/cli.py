@@ -135,7 +135,7 @@ def make_task(config: Config) -> Task:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "args")
     try:
-        arguments = parser.parse_object({"args": config.task.args}).args
+        arguments = parser.parse_object({"args": config.task.args}).get("args")  # none where it takes none
     except Exception as error:  # argparse's and jsonargparse's own kinds: all about the arguments
         raise InputError(f"task.{' '.join(str(error).split())}") from None
     config.task.args = arguments.as_dict() if arguments is not None else {}

@@ -15,7 +15,7 @@ from torch import nn
 
 from fabric_trainer.config import FreezeConfig
 from fabric_trainer.errors import InputError
-from fabric_trainer.freeze_plans import Unit, make_plan
+from fabric_trainer.freeze_plans import Schedule, Unit, make_plan
 
 Patterns = Sequence[str] | Mapping[str, Sequence[str]]
 _NORMS = nn.modules.batchnorm._NormBase
@@ -69,12 +69,12 @@ class Freezer:
     @property
     def frozen(self) -> frozenset[str]:
         """The units that are frozen now."""
-        return self.plan.frozen_at(self.step) if self.config.strategy == "schedule" else self.plan.frozen
+        return self.plan.frozen_at(self.step) if isinstance(self.plan, Schedule) else self.plan.frozen
 
     @property
     def next_change(self) -> int | None:
         """The step at which a schedule changes next."""
-        changes = self.plan.changes if self.config.strategy == "schedule" else ()
+        changes = self.plan.changes if isinstance(self.plan, Schedule) else ()
         return next((step for step in changes if step > self.step), None)
 
     def share(self, unit: str | None) -> float:
@@ -154,11 +154,7 @@ def places(pattern: str, names: Iterable[str]) -> list[str]:
     """The modules and parameters that the pattern meets, in the network's order."""
     wanted = pattern.split(".")
     starts = [name.split(".")[: len(wanted)] for name in names]
-    found = [
-        ".".join(start)
-        for start in starts
-        if len(start) == len(wanted) and all(map(fnmatchcase, start, wanted))
-    ]
+    found = [".".join(start) for start in starts if len(start) == len(wanted) and all(map(fnmatchcase, start, wanted))]
     if not found:
         first = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
         raise InputError(f"freeze.units: {pattern} meets no trainable parameter; the network has {first}")

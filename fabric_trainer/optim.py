@@ -109,8 +109,9 @@ def parameter_groups(
     groups = []
     for unit in sorted(own, key=[None, *parts].index):
         for group in _by_decay(own[unit], in_norms, config):
-            of_unit = {"name": f"{unit}/{group['name']}", "unit": unit, "lr": parts[unit].lr} if unit is not None else {}
-            groups.append(group | of_unit)
+            if unit is not None:
+                group |= {"name": f"{unit}/{group['name']}", "unit": unit, "lr": parts[unit].lr}
+            groups.append(group)
     return groups
 
 

@@ -188,8 +188,8 @@ def check_strategy(config: Config, resolved: Resolved) -> None:
         ),
         (
             name == "fsdp1" and config.freeze.strategy not in ("none", "fixed"),
-            f"freeze.strategy: under fsdp1 what is frozen is fixed before training; {config.freeze.strategy} runs under "
-            "fsdp and all others",
+            f"freeze.strategy: under fsdp1 what is frozen is fixed before training; {config.freeze.strategy} runs "
+            "under fsdp and all others",
         ),
         (
             name == "deepspeed" and resolved.stage == 3 and config.freeze.strategy in ("gradient_guided", "advanced"),

@@ -13,9 +13,11 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
+from toys import Regression
 
-from fabric_trainer import cli
+from fabric_trainer import Config, cli
 from fabric_trainer.checkpoint import load
+from fabric_trainer.errors import InputError
 
 CONFIG = {
     "task": {"path": "toys.Regression", "args": {"samples": 30}},
@@ -249,3 +251,19 @@ def test_fabric_run_and_plain_python_behave_alike(home):
         assert "val/loss" in done.stdout
     a, b = (load(home / f"runs/{name}/checkpoints/last.pt") for name in ("plain", "launched"))
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+
+
+class Bare(Regression):
+    """A task without arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+def test_a_task_may_take_no_arguments():
+    made = Config()
+    made.task.path = "test_cli.Bare"
+    assert isinstance(cli.make_task(made), Bare)
+    made.task.args = {"samples": 3}
+    with pytest.raises(InputError, match="samples"):
+        cli.make_task(made)

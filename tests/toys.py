@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +56,7 @@ def config(**changes: object) -> Config:
     made.batch.micro_batch_size = 4
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
-        target = getattr(made, section) if section else made
+        target = attrgetter(section)(made) if section else made
         assert hasattr(target, name), key
         setattr(target, name, value)
     return made

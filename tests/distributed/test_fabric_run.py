@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -46,9 +47,14 @@ ACCEPTED = {  # (launcher's flags, configuration's keys, what the summary says)
     "devices": ("--devices=2", f"{CPU} --fabric.devices=2", "x 2 ranks"),
     "num_nodes": ("--num-nodes=1", f"{CPU} --fabric.num_nodes=1", "x 1 rank"),
 }
+FAST = ("strategy, fsdp", "devices", "strategy, dp")  # of each the launcher takes ten seconds
 
 
-@pytest.mark.parametrize("which", ACCEPTED)
+def marked(cases: dict[str, Any]) -> list[Any]:
+    return [pytest.param(key, marks=[] if key in FAST else pytest.mark.slow) for key in cases]
+
+
+@pytest.mark.parametrize("which", marked(ACCEPTED))
 def test_flags_that_meet_the_configuration(folder, which):
     flags, keys, says = ACCEPTED[which]
     done = launch(folder, flags, keys)
@@ -87,10 +93,7 @@ REFUSED = {
 }
 
 
-SLOW = ("strategy, stage", "accelerator", "num_nodes")  # the launcher takes most of their time
-
-
-@pytest.mark.parametrize("which", [pytest.param(key, marks=[pytest.mark.slow] * (key in SLOW)) for key in REFUSED])
+@pytest.mark.parametrize("which", marked(REFUSED))
 def test_flags_that_contradict_the_configuration(folder, which):
     """``fabric run`` reports every failed process as 1; the line, and the 2 in its table, are ours."""
     flags, keys, says = REFUSED[which]

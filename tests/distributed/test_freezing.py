@@ -55,7 +55,10 @@ def test_an_unfreeze_leaves_all_else_as_it_was(trained, strategy):
 def test_what_is_unfrozen_trains_as_in_one_process(trained, strategy):
     """Until the BatchNorm moves, whose statistics depend on the micro-batch."""
     for step in (3, 6, 7):
-        one, here = checkpoint_of(trained("single"), step, "freezing"), checkpoint_of(trained(strategy), step, "freezing")
+        one, here = (
+            checkpoint_of(trained("single"), step, "freezing"),
+            checkpoint_of(trained(strategy), step, "freezing"),
+        )
         assert_same_state(one, here, tolerance(strategy))
 
 

@@ -217,8 +217,11 @@ def assert_same(reference: dict, run: Path) -> None:
 # ---- every launcher -------------------------------------------------------------------------------------------------
 
 WAYS = (
-    *(python, torchrun_here, fabric_run, srun_named, addresses_by_hand, two_agents_static, spawn),
-    *(pytest.param(way, marks=pytest.mark.slow) for way in (kubeflow, two_agents_c10d)),
+    *(python, fabric_run, srun_named, two_agents_static),
+    *(
+        pytest.param(way, marks=pytest.mark.slow)
+        for way in (torchrun_here, addresses_by_hand, spawn, kubeflow, two_agents_c10d)
+    ),
 )
 
 

@@ -93,10 +93,10 @@ def continues(folder: Path, source: str, target: str, reference: dict[str, Any],
     assert_same_state(reference, last, 1e-10)
 
 
-LATER = [pytest.param(target, marks=pytest.mark.slow) for target in ("ddp", "tensor_parallel")]
+LATER = [pytest.param(target, marks=pytest.mark.slow) for target in ("fsdp on 3", "ddp", "tensor_parallel")]
 
 
-@pytest.mark.parametrize("target", ["single", "fsdp on 3", *LATER])
+@pytest.mark.parametrize("target", ["single", *LATER])
 def test_continues_under(folder, target):
     continues(folder, "fsdp", target, one(folder), **({"checkpoint": SHARDED} if "3" in target else {}))
 
@@ -117,6 +117,7 @@ def restored_plain(path: Path) -> dict[str, Any]:
     return made
 
 
+@pytest.mark.slow
 def test_deepspeed_says_that_it_has_to_be_one_file(folder):
     pytest.importorskip("deepspeed")
     sources = {"fsdp": str(folder / "fsdp" / FIFTH)}
@@ -241,7 +242,7 @@ def test_init_from_takes_the_weights_alone(runs, one_process):
     assert all(torch.allclose(given[name], made[name], rtol=0, atol=1e-12) for name in given)
 
 
-@pytest.mark.parametrize("where", ["killed_in_shards", "killed_before_the_rename"])
+@pytest.mark.parametrize("where", ["killed_in_shards", pytest.param("killed_before_the_rename", marks=pytest.mark.slow)])
 def test_all_ranks_killed_in_a_save(runs, one_process, where):
     """The one before is whole; from there another number of processes ends where nobody was killed."""
     done = start(runs, "--name", where, "--callbacks", f"[test_sharded_saves.{where}]")

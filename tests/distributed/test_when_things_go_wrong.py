@@ -50,7 +50,7 @@ def finished(folder: Path) -> dict[str, Any]:
 # ---- all ranks skip -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed2", slow("tensor_parallel"), slow("deepspeed3")])
+@pytest.mark.parametrize("strategy", ["fsdp", slow("ddp"), *map(slow, ("deepspeed2", "tensor_parallel", "deepspeed3"))])
 def test_a_nan_on_one_rank_is_skipped_by_all(trained, strategy):
     one, here = trained("single"), trained(strategy)
     forward = 12 if strategy == "tensor_parallel" else 6  # window 2: one data-parallel rank has six micro-batches
@@ -95,7 +95,7 @@ SOME = ["oom forward first", "oom backward last"]
 
 @pytest.mark.parametrize(
     "strategy, places",
-    [("fsdp", SOME), ("deepspeed2", SOME[1:]), slow("fsdp", list(PLACES)), slow("ddp", SOME)],
+    [("fsdp", SOME[1:]), slow("deepspeed2", SOME), slow("fsdp", list(PLACES)), slow("ddp", SOME)],
 )
 def test_where_a_rank_cannot_split_the_job_starts_again_with_less(trained, tmp_path, strategy, places):
     for place in places:
@@ -120,7 +120,7 @@ def test_out_of_memory_before_the_first_checkpoint(tmp_path):
 # ---- killed, stopped, failed ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed2"])
+@pytest.mark.parametrize("strategy", ["ddp", slow("fsdp"), slow("deepspeed2")])
 def test_killed_three_times_it_ends_bit_equal(trained, tmp_path, strategy):
     """All ranks killed, one rank killed, and one rank asked to stop: both then save the same update."""
     code, output, _ = start(tmp_path, strategy, fault="SIGKILL", at=7, rank=-1)
@@ -143,8 +143,8 @@ def test_killed_three_times_it_ends_bit_equal(trained, tmp_path, strategy):
 
 @pytest.mark.parametrize("fault, line", [
     ("raise", "ZeroDivisionError: a mistake in the task"),
-    ("data", "OSError: a file of the data set can't be read"),
-    ("save", "OSError: the disk is gone"),
+    slow("data", "OSError: a file of the data set can't be read"),
+    slow("save", "OSError: the disk is gone"),
 ])  # fmt: skip
 def test_a_rank_that_raises_ends_the_job_with_its_own_traceback(tmp_path, fault, line):
     flags = ("--callbacks", "[systems.FailsToSave]") if fault == "save" else ()
