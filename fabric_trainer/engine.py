@@ -70,6 +70,7 @@ class Engine:
         device, scaled = self.fabric.device.type, getattr(self, "scaler", None) is not None
         made = build_optimizer(self.module, self.config.optim, device, scaled, self.freezer.parts)
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        self.group_names = [group["name"] for group in made.param_groups]
         self.groups = [list(group["params"]) for group in made.param_groups]
         self.names = [[names[id(parameter)] for parameter in group] for group in self.groups]
         return made

@@ -78,8 +78,10 @@ class Freezer:
         return next((step for step in changes if step > self.step), None)
 
     def share(self, unit: str | None) -> float:
-        """The factor on the unit's learning rate now; 1 for what is in no unit."""
-        return 1.0 if unit is None else self.plan.share(unit)
+        """The factor on the unit's learning rate now: 1 for what is in no unit, 0 while it is frozen."""
+        if unit is None:
+            return 1.0
+        return 0.0 if unit in self.frozen else self.plan.share(unit)
 
     def apply(self, network: nn.Module) -> None:
         """Frozen parameters require no gradient, and BatchNorm statistics in a frozen unit stand still."""

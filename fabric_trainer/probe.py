@@ -62,14 +62,22 @@ def _gradients(state: State, batch: Batch, names: list[str]) -> dict[str, Tensor
         total = state.task.loss(state.network, batch).total
         fabric.backward(total * (ranks.size / weight).to(total.dtype), model=state.network)
         found = {name: p.grad for name, p in zip(names, wanted, strict=True)}
+        state.engine.drop_gradients()
         return {name: torch.zeros_like(whole(parameters[name])) if g is None else whole(g) for name, g in found.items()}
-    network = _FabricModule(state.module, fabric.strategy)  # the precision's, without DDP's or DeepSpeed's hooks
+    network = _Bare(state.module, fabric.strategy)
     total = state.task.loss(network, batch).total / weight.clamp(min=1e-30)
     made = torch.autograd.grad(total, wanted, allow_unused=True)
     return {
         name: ranks.sum(torch.zeros_like(parameter) if g is None else g.contiguous())
         for name, parameter, g in zip(names, wanted, made, strict=True)
     }
+
+
+class _Bare(_FabricModule):
+    """The network in the strategy's precision, without DDP or DeepSpeed around it."""
+
+    def _register_backward_hook(self, tensor: Tensor) -> Tensor:
+        return tensor  # Fabric's would insist on fabric.backward
 
 
 def _reading(gradients: list[Tensor], activation: float) -> Reading:

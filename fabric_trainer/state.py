@@ -215,7 +215,7 @@ class State:
     def set_learning_rate(self) -> dict[str, float]:
         """Set every group's rate for the next update; returns ``lr/<group>`` -> rate."""
         share = self.share(self.counters.step) * self.plateau.share
-        rates = {}
+        rates = dict.fromkeys(("lr/" + name for name in self.engine.group_names), 0.0)
         for group, peak in zip(self.engine.bare_optimizer.param_groups, self.peaks, strict=True):
             rates["lr/" + group["name"]] = group["lr"] = peak * share * self.freezer.share(group.get("unit"))
         return rates

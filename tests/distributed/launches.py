@@ -41,8 +41,11 @@ def results(folder: Path, strategy: str, job: str) -> list[Any]:
 def prepare(folder: Path) -> Callable[[str], Path]:
     """A function that gives a strategy's folder, after one launch with the jobs that need no other strategy."""
     done: set[str] = set()
+    failed: dict[str, AssertionError] = {}
 
     def launch(strategy: str) -> Path:
+        if strategy in failed:
+            raise failed[strategy]  # not once more for every test that asks
         if strategy not in done:
             quiet = {"run": {"log_every_n_steps": 100}, "evaluate": {"every": "100 steps"}}
             jobs: dict[str, Any] = {
@@ -64,7 +67,11 @@ def prepare(folder: Path) -> Callable[[str], Path]:
                 jobs["probing"] = {"config": fixed}
             if strategy == "fsdp":
                 jobs["sync_after_accumulation"] = {}
-            run_worker(folder, strategy, jobs)
+            try:
+                run_worker(folder, strategy, jobs)
+            except AssertionError as error:
+                failed[strategy] = error
+                raise
             done.add(strategy)
         return folder / strategy
 

@@ -242,7 +242,9 @@ def test_init_from_takes_the_weights_alone(runs, one_process):
     assert all(torch.allclose(given[name], made[name], rtol=0, atol=1e-12) for name in given)
 
 
-@pytest.mark.parametrize("where", ["killed_in_shards", pytest.param("killed_before_the_rename", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "where", ["killed_in_shards", pytest.param("killed_before_the_rename", marks=pytest.mark.slow)]
+)
 def test_all_ranks_killed_in_a_save(runs, one_process, where):
     """The one before is whole; from there another number of processes ends where nobody was killed."""
     done = start(runs, "--name", where, "--callbacks", f"[test_sharded_saves.{where}]")
