@@ -6,12 +6,14 @@ import math
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from fabric_trainer.checkpoint import Checkpoints, check_finite, take_part
+from fabric_trainer.checkpoint import Checkpoints, check_finite, linked, load, take_part
 from fabric_trainer.errors import InputError
 from fabric_trainer.evaluate import evaluate
 from fabric_trainer.every import Clock, Every
 from fabric_trainer.order import Span
+from fabric_trainer.portable import shared
 from fabric_trainer.probe import probe
 from fabric_trainer.record import Record
 from fabric_trainer.sharded_save import save_shards
@@ -35,6 +37,8 @@ class Boundary(AbstractContextManager["Boundary"]):
         if config.checkpoint.keep_every:
             self.every["keep"] = Every.parse(config.checkpoint.keep_every)
         self.saves = folder is not None
+        if config.freeze.strategy == "advanced" and config.freeze.advanced.restore_weights and not self.saves:
+            raise InputError("freeze.advanced.restore_weights needs a folder to write to: the weights are in best.pt")
         self.checkpoints: Checkpoints | None = None
         if folder is not None and self.fabric.is_global_zero:
             self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
@@ -125,16 +129,30 @@ class Boundary(AbstractContextManager["Boundary"]):
     def freeze(self, span: Span) -> None:
         """Freeze and unfreeze what is due: by the step, or at the end of an epoch, which advances the plan."""
         state, freezer = self.state, self.state.freezer
-        before, freezer.step = freezer.frozen, state.counters.step
+        before, freezer.step, restore = freezer.frozen, state.counters.step, False
         if span.last and freezer.parts:
             metric = self._followed() if freezer.plan.follows_metric else None
             readings = probe(state, span.epoch, freezer.plan.probes) if freezer.plan.probes else []
-            for note in freezer.plan.on_epoch(metric, span.epoch, readings).notes:
+            action = freezer.plan.on_epoch(metric, span.epoch, readings)
+            restore = action.restore
+            for note in action.notes:
                 self.record.print(f"freeze: {note}")
         if freezer.frozen != before:
             state.refreeze()
             self.record.print(f"freeze: step {freezer.step} · {freezer.count(state.module)}")
+        if restore:
+            state.load_tensors(shared(self.fabric, self._best))
+            self.measured_at = -1  # not these weights
         self._set_soonest()
+
+    def _best(self) -> dict[str, Any]:
+        """On rank 0: what best.pt holds."""
+        assert self.checkpoints is not None
+        self.checkpoints.wait()
+        path = linked(self.checkpoints.folder, "best")
+        if path is None:
+            raise InputError("freeze.advanced.restore_weights: there is no best.pt, the metric was never finite")
+        return load(path)
 
     def _followed(self) -> float:
         """The metric that the plan follows, higher meaning better."""

@@ -142,7 +142,7 @@ class State:
             with torch.random.fork_rng():
                 network = build_network(self.task, self.config.fabric.fsdp)
             self._set_up(network)
-            self._load_tensors(saved)
+            self.load_tensors(saved)
             self.train()
             _collect()
 
@@ -279,7 +279,7 @@ class State:
         here, there = self.order.plan.length(0), saved["batch"]["epoch_samples"]
         if here != there:
             raise InputError(f"the run's epoch has {there} samples, this configuration's has {here}: not the same data")
-        self._load_tensors(saved)
+        self.load_tensors(saved)
         self.counters = Counters(**saved["counters"])
         states = saved["states"]
         self.plateau.load_state_dict(states["plateau"])
@@ -287,7 +287,8 @@ class State:
         self.history.load_state_dict(states["history"])
         self.owes_evaluation = states["owes_evaluation"]
 
-    def _load_tensors(self, saved: dict[str, Any]) -> None:
+    def load_tensors(self, saved: dict[str, Any]) -> None:
+        """Weights, averages and moments; all ranks together."""
         self.load_weights(saved)
         self.engine.load_moments(saved["optimizer"]["state"], self._source(saved))
         self.engine.load_scaler_state(saved["states"]["scaler"])

@@ -20,6 +20,7 @@ from fabric_trainer.checkpoint import Snapshot
 from fabric_trainer.config import FreezeConfig
 from fabric_trainer.errors import InputError
 from fabric_trainer.freeze import Freezer, depth, find_units, places
+from fabric_trainer.freeze_plans import Progressive
 from fabric_trainer.probe import probe
 from fabric_trainer.state import State
 
@@ -213,9 +214,9 @@ PLANS: dict[str, dict[str, Any]] = {
     "adaptive": {"freeze.adaptive.patience": 1, "freeze.adaptive.min_improvement": 10.0},
     "progressive": {"freeze.progressive.interval": 1},
     "gradient_guided": {
-        "freeze.gradient_guided.importance_threshold": 0.0,
+        "freeze.gradient_guided.threshold": 0.0,
         "freeze.gradient_guided.sampling_epochs": 1,
-        "freeze.gradient_guided.unfreeze_patience": 0,
+        "freeze.gradient_guided.patience": 0,
     },
 }
 
@@ -350,3 +351,19 @@ def test_a_freezer_of_nothing_changes_nothing():
     assert not freezer.parts and not freezer.frozen and freezer.next_change is None
     freezer.apply(network)
     assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["scale"]
+
+
+def test_a_rollback_brings_the_best_weights_back(fabric, tmp_path, monkeypatch):
+    """Weights, averages and moments of best.pt, when the plan says so; the counters go on."""
+    changes = options("progressive", **{"freeze.progressive.interval": 1, "run.max_epochs": 3})
+    decide = Progressive.decide
+    monkeypatch.setattr(Progressive, "decide", lambda *a: decide(*a)._replace(restore=a[2] == 1))
+    state = fit(fabric, FineTuning(), changes, tmp_path)
+    saved = files(tmp_path)
+    best = min((6, 12), key=lambda step: next(e["val/loss"] for e in state.history.evaluations if e["step"] == step))
+    assert same(saved[12]["model"], saved[best]["model"]) and same(saved[12]["ema"], saved[best]["ema"])
+    for name, moments in saved[best]["optimizer"]["state"].items():
+        assert same(moments, saved[12]["optimizer"]["state"][name])
+    assert saved[12]["counters"]["step"] == 12 and state.counters.step == 18
+    resumed = fit(fabric, FineTuning(), changes, tmp_path / "again", saved=saved[12])
+    assert same(dict(state.module.state_dict()), dict(resumed.module.state_dict()))
