@@ -213,6 +213,14 @@ PLANS: dict[str, dict[str, Any]] = {
     "schedule": {"freeze.schedule": {0: [], 4: ["layer2"], 8: ["layer*"]}},
     "adaptive": {"freeze.adaptive.patience": 1, "freeze.adaptive.min_improvement": 10.0},
     "progressive": {"freeze.progressive.interval": 1},
+    "fixed": {"freeze.fixed.phase1_epochs": 2, "freeze.fixed.unfreeze": 2},
+    "early_gradual": {"freeze.early_gradual.target": 0.9, "freeze.early_gradual.from_epoch": 1},
+    "advanced": {
+        "freeze.advanced.threshold": 1e-6,
+        "freeze.advanced.analysis_window": 1,
+        "freeze.advanced.patience": 0,
+        "freeze.advanced.emergency_epoch": 2,
+    },
     "gradient_guided": {
         "freeze.gradient_guided.threshold": 0.0,
         "freeze.gradient_guided.sampling_epochs": 1,
