@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -12,6 +13,7 @@ from fabric_trainer.checkpoint import Checkpoints, check_finite, linked, load, t
 from fabric_trainer.errors import InputError
 from fabric_trainer.evaluate import evaluate
 from fabric_trainer.every import Clock, Every
+from fabric_trainer.memory import in_use
 from fabric_trainer.order import Span
 from fabric_trainer.portable import shared
 from fabric_trainer.probe import probe
@@ -36,6 +38,8 @@ class Boundary(AbstractContextManager["Boundary"]):
         }
         if config.checkpoint.keep_every:
             self.every["keep"] = Every.parse(config.checkpoint.keep_every)
+        if config.run.cleanup_every:
+            self.every["clean up"] = Every.parse(config.run.cleanup_every)
         self.saves = folder is not None
         if config.freeze.strategy == "advanced" and config.freeze.advanced.restore_weights and not self.saves:
             raise InputError("freeze.advanced.restore_weights needs a folder to write to: the weights are in best.pt")
@@ -52,7 +56,8 @@ class Boundary(AbstractContextManager["Boundary"]):
             self.evaluate()
             if state.freezer.plan.follows_metric:
                 self.freeze(state.order.span(state.counters.window - 1))
-            self.save()
+            with state.profiler("save"):
+                self.save()
 
     def _resumed_clock(self) -> Clock:
         counters, order = self.state.counters, self.state.order
@@ -92,7 +97,8 @@ class Boundary(AbstractContextManager["Boundary"]):
         finished = state.finished
         if finished:
             state.stopped = 0
-        self.record.flush(show="log" in due or finished)
+        with state.profiler("log"):
+            self.record.flush(show="log" in due or finished)
         if span.last:
             self.end_epoch(span.epoch)
         improved, follows = False, state.freezer.plan.follows_metric
@@ -103,7 +109,11 @@ class Boundary(AbstractContextManager["Boundary"]):
         if not (follows and state.owes_evaluation):
             self.freeze(span)
         if finished or state.stopped or improved or {"save", "keep"} & due:
-            self.save(keep="keep" in due)
+            with state.profiler("save"):
+                self.save(keep="keep" in due)
+        if "clean up" in due:
+            with state.profiler("clean up"):
+                self.clean_up()
         self.record.restart_clock()
 
     def _reached(self) -> set[str]:
@@ -132,7 +142,8 @@ class Boundary(AbstractContextManager["Boundary"]):
         before, freezer.step, restore = freezer.frozen, state.counters.step, False
         if span.last and freezer.parts:
             metric = self._followed() if freezer.plan.follows_metric else None
-            readings = probe(state, span.epoch, freezer.plan.probes) if freezer.plan.probes else []
+            with state.profiler("probe"):
+                readings = probe(state, span.epoch, freezer.plan.probes) if freezer.plan.probes else []
             action = freezer.plan.on_epoch(metric, span.epoch, readings)
             restore = action.restore
             for note in action.notes:
@@ -166,7 +177,8 @@ class Boundary(AbstractContextManager["Boundary"]):
         """Measure the raw and the averaged weights; returns whether the monitored metric is the best so far."""
         state = self.state
         counters, monitor = state.counters, state.config.checkpoint.monitor
-        self.metrics, self.measured_at = measure(state, "val"), counters.window
+        with state.profiler("evaluate"):
+            self.metrics, self.measured_at = measure(state, "val"), counters.window
         if monitor is not None and monitor not in self.metrics:
             raise InputError(f"checkpoint.monitor: no {monitor} among the metrics {', '.join(self.metrics)}")
         state.owes_evaluation = False
@@ -214,12 +226,23 @@ class Boundary(AbstractContextManager["Boundary"]):
         if self.checkpoints is not None:
             self.fabric.call("on_checkpoint_saved", state=state, metrics=metrics, path=path)
 
+    def clean_up(self) -> None:
+        """Collect garbage, of what came after the start, and give the device's unused blocks back."""
+        device = self.fabric.device
+        before = in_use(device)
+        gc.collect()
+        self.state.memory.release()
+        after = in_use(device)
+        change = " · ".join(f"{name} {before[name] / 1e9:.2f} -> {after[name] / 1e9:.2f} GB" for name in before)
+        self.record.print(f"clean-up at step {self.state.counters.step} · {change}")
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Wait until the last checkpoint is on disk, whatever ended the run; its own error is told, or raised."""
         if self.checkpoints is None:
             return
         try:
-            self.checkpoints.wait()
+            with self.state.profiler("wait for disk"):
+                self.checkpoints.wait()
         except Exception as error:
             if kind is None:
                 raise

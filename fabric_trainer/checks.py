@@ -57,6 +57,9 @@ def check(config: Config) -> None:
     _at_least("schedule.patience", config.schedule.patience, 0)
     _at_least("faults.budget", config.faults.budget, 0)
     _at_least("checkpoint.top_k", config.checkpoint.top_k, 0)
+    _at_least("profiler.wait", config.profiler.wait, 0)
+    _at_least("profiler.warmup", config.profiler.warmup, 0)
+    _at_least("profiler.updates", config.profiler.updates, 1)
     for key, length in (
         ("run.max_epochs", config.run.max_epochs),
         ("run.max_steps", config.run.max_steps),
@@ -76,8 +79,14 @@ def check(config: Config) -> None:
         raise InputError(f"fabric.fsdp.blocks must be class names, a number above 0 or null, not {blocks}")
     for section, value in (("evaluate.every", config.evaluate.every), ("checkpoint.every", config.checkpoint.every)):
         _interval(section, value)
-    if config.checkpoint.keep_every is not None:
-        _interval("checkpoint.keep_every", config.checkpoint.keep_every)
+    for section, interval in (
+        ("checkpoint.keep_every", config.checkpoint.keep_every),
+        ("run.cleanup_every", config.run.cleanup_every),
+    ):
+        if interval is not None:
+            _interval(section, interval)
+    if taken := {"activities", "schedule", "on_trace_ready"} & config.profiler.args.keys():
+        raise InputError(f"profiler.args: leave {min(taken)} out; profiler.wait, warmup and updates say what is traced")
     if config.clip.norm is not None and config.clip.value is not None:
         raise InputError("clip.norm and clip.value are both set: clip by one of them")
     if config.run.max_epochs is None and config.run.max_steps is None:

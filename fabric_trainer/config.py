@@ -343,6 +343,11 @@ class RunConfig:
     """Applied updates; with max_epochs, whichever comes first."""
     log_every_n_steps: int = 50
     """Updates between two fetches of the logged values from the device."""
+    log_memory: bool = False
+    """At log points also memory/host (resident) and of a GPU memory/allocated, memory/reserved and
+    memory/peak_since_log: bytes, the most of any rank."""
+    cleanup_every: str | None = None
+    """Collect garbage and give the device's unused blocks back, such as every '1000 steps' or '1 epochs'."""
 
 
 @dataclass
@@ -377,6 +382,23 @@ class CheckpointConfig:
     """File name; any counter and metric: '{step}-{val/nrmse:.4f}' (a slash becomes an underscore)."""
     sharded: bool = False
     """Every rank writes its own shard (torch.distributed.checkpoint); tools/consolidate makes the plain file."""
+
+
+@dataclass
+class ProfilerConfig:
+    """Where the time goes; written into the run's folder."""
+
+    name: Literal["none", "simple", "advanced", "pytorch"] = "none"
+    """simple: wall time by section of the loop, over all ranks; advanced: cProfile's table of functions; pytorch: a
+    trace of every operator."""
+    wait: int = 5
+    """pytorch: updates before it starts."""
+    warmup: int = 2
+    """pytorch: updates that it runs along without recording."""
+    updates: int = 3
+    """pytorch: updates recorded."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """pytorch: further arguments of torch.profiler.profile, such as {record_shapes: true, with_stack: true}."""
 
 
 @dataclass
@@ -433,6 +455,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     loggers: LoggersConfig = field(default_factory=LoggersConfig)
+    profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     callbacks: list[str] = field(default_factory=list)
     """Import paths of classes with any of on_update_end, on_epoch_end, on_evaluation_end, on_checkpoint_saved,
     on_fit_end."""

@@ -14,6 +14,7 @@ from fabric_trainer.boundary import Boundary
 from fabric_trainer.config import Config
 from fabric_trainer.errors import BadGradientError
 from fabric_trainer.faults import Agree, StopSignals
+from fabric_trainer.profiler import profiling
 from fabric_trainer.random import seed_torch
 from fabric_trainer.record import Record, Update
 from fabric_trainer.state import State
@@ -45,6 +46,7 @@ def fit(
     memory.folder = folder
     with (
         _frozen_collector(),
+        profiling(state, folder) as profiler,
         Agree(fabric) as agree,
         signals or StopSignals() as signals,
         Record(state, folder) as record,
@@ -60,26 +62,33 @@ def fit(
             pin_memory=device.type == "cuda",
         )
         state.train()
-        window = next(stream, EMPTY)
+        with profiler("data"):
+            window = next(stream, EMPTY)
         agree.ask(window.weight)
         while not state.finished and not state.stopped:
             # the micro-batches of one update, and what all ranks know of it
-            weight, state.stopped, minutes, memory.halvings = agree.answer(signals.stop)
+            with profiler("agree"):
+                weight, state.stopped, minutes, memory.halvings = agree.answer(signals.stop)
+            profiler.next_update()
             update = Update(window, weight)
 
             if weight > 0:
-                compute_gradients(state, record, update)
+                with profiler("gradients"):
+                    compute_gradients(state, record, update)
 
             # the next one's, prepared and agreed on while the device is busy with these
-            window = next(stream, EMPTY)
+            with profiler("data"):
+                window = next(stream, EMPTY)
             agree.ask(window.weight, signals.stop, state.tick(), memory.halvings)
 
             if weight > 0:
                 # one step; what became of the one before is known by now, so the step counter is exact
-                update.norm = state.engine.clip()
+                with profiler("clip"):
+                    update.norm = state.engine.clip()
                 settle(state, record)
                 update.rates = state.set_learning_rate()
-                state.guard.step(update.norm)
+                with profiler("step"):
+                    state.guard.step(update.norm)
                 state.open = update
                 state.engine.drop_gradients()
             else:
@@ -119,15 +128,18 @@ def backward(state: State, update: Update) -> None:
     state.guard.before_forward()
     for batch, last in window.on(fabric.device, state.memory.rows):
         with accumulating(fabric, network, not last):
-            loss = state.task.loss(network, batch)
-            fabric.backward(loss.total / (update.weight / ranks.size), model=network)
+            with state.profiler("forward"):
+                loss = state.task.loss(network, batch)
+            with state.profiler("backward"):
+                fabric.backward(loss.total / (update.weight / ranks.size), model=network)
         update.add(loss)
     update.complete = True
 
 
 def settle(state: State, record: Record) -> None:
     """Count the last update and average its weights, now that it is known to be applied; or leave it out."""
-    verdict = state.guard.settle()
+    with state.profiler("settle"):
+        verdict = state.guard.settle()
     if verdict is None:
         return
     update, counters = state.open, state.counters
@@ -136,7 +148,8 @@ def settle(state: State, record: Record) -> None:
         counters.samples += update.window.span.samples
         update.step, update.samples = counters.step, counters.samples
         if state.ema is not None:
-            state.ema.update(counters.step)
+            with state.profiler("ema"):
+                state.ema.update(counters.step)
         record.add(update)
         return
     counters.skipped += 1

@@ -1,8 +1,11 @@
-"""Out of memory: smaller micro-batches for the same update, here and now, or after a restart of the job."""
+"""How much memory is in use; and out of memory: smaller micro-batches for the same update, here and now, or after a
+restart of the job."""
 
 from __future__ import annotations
 
 import json
+import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +18,7 @@ from fabric_trainer.files import write_atomically
 from fabric_trainer.order import Accumulate
 
 NOTE = "memory.json"
+STATM = Path("/proc/self/statm")  # of Linux: pages, the second number the resident ones
 
 
 class Memory:
@@ -60,6 +64,43 @@ class Memory:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Of a device, or of the host."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def in_use(device: torch.device) -> dict[str, int]:
+    """Bytes: of this process on the host (resident; its largest, where the system doesn't tell the present one), and
+    on a GPU by tensors (allocated) and by the allocator (reserved)."""
+    found = {"host": int(STATM.read_text().split()[1]) * resource.getpagesize() if STATM.is_file() else host_peak()}
+    if device.type == "cuda":
+        found |= {"allocated": torch.cuda.memory_allocated(device), "reserved": torch.cuda.memory_reserved(device)}
+    return found
+
+
+def host_peak() -> int:
+    """Bytes: the process's largest resident size."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Gauge:
+    """Reads the memory in use at log points. GPU: its allocator's peak is asked for since the start and since the last
+    reading; the allocator keeps one, so this object remembers what it makes the allocator forget."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda, self.device, self.most = device.type == "cuda", device, 0
+
+    def peak(self) -> int:
+        """Bytes since the start: of the device's allocator, or on a CPU of the process."""
+        if self.cuda:
+            self.most = max(self.most, torch.cuda.max_memory_allocated(self.device))
+        return self.most if self.cuda else host_peak()
+
+    def read(self) -> dict[str, int]:
+        """``in_use``, and of a GPU peak_since_log, the allocator's peak since the last call."""
+        found = in_use(self.device)
+        if self.cuda:
+            found["peak_since_log"] = torch.cuda.max_memory_allocated(self.device)
+            self.peak()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return found
 
 
 def remembered(folder: Path, batch: BatchConfig, tell: Callable[[str], None]) -> BatchConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fabric_trainer.loggers import Loggers
+from fabric_trainer.memory import Gauge
 from fabric_trainer.progress import Progress
 from fabric_trainer.state import State
 from fabric_trainer.task import Loss
@@ -50,6 +50,7 @@ class Record(AbstractContextManager["Record"]):
         self.state, self.folder = state, folder
         self.fabric = state.fabric
         self.updates: list[Update] = []
+        self.gauge = Gauge(self.fabric.device)
         self._since, self._samples = time.perf_counter(), state.counters.samples
         self.loggers, self.progress = Loggers(), None
         if self.fabric.is_global_zero:
@@ -114,7 +115,7 @@ class Record(AbstractContextManager["Record"]):
         now = time.perf_counter()
         pace = (updates[-1].samples - self._samples) / max(now - self._since, 1e-9)
         self._since, self._samples = now, updates[-1].samples
-        peak = _peak_memory(self.fabric.device)
+        memory = self._memory()
         rows = []
         for update, values, norm in zip(updates, sums, norms, strict=True):
             self.state.epoch.add(update.weight, values)
@@ -122,7 +123,7 @@ class Record(AbstractContextManager["Record"]):
             row: dict[str, float] = {"step": update.step, "window": span.window, "epoch": span.epoch}
             row |= {"samples": update.samples}
             row |= {f"train/{name}": value / update.weight for name, value in values.items()}
-            rows.append(row | update.rates | {"grad_norm": norm, "samples_per_second": pace, "memory/peak": peak})
+            rows.append(row | update.rates | {"grad_norm": norm, "samples_per_second": pace} | memory)
         return rows
 
     def _fetch(self, updates: list[Update]) -> tuple[list[dict[str, float]], list[float]]:
@@ -145,9 +146,14 @@ class Record(AbstractContextManager["Record"]):
             sums = [dict(zip(t, row, strict=True)) for t, row in zip(sums, over_ranks, strict=True)]
         return sums, norms
 
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the device allocator's peak, or on a CPU the process's largest resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def _memory(self) -> dict[str, float]:
+        """Bytes. peak: this rank's, since the start. run.log_memory: the rest, the most of any rank; one collective."""
+        found: dict[str, float] = {"memory/peak": self.gauge.peak()}
+        if not self.state.config.run.log_memory:
+            return found
+        read: dict[str, float] = {f"memory/{name}": value for name, value in self.gauge.read().items()}
+        if self.fabric.world_size > 1:
+            most = torch.tensor(list(read.values()), dtype=torch.float64, device=self.fabric.device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            read = dict(zip(read, most.tolist(), strict=True))
+        return found | read

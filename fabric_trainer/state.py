@@ -31,6 +31,7 @@ from fabric_trainer.history import History
 from fabric_trainer.memory import Memory
 from fabric_trainer.order import Accumulate, Order, accumulation
 from fabric_trainer.portable import fetch, optimizer_groups
+from fabric_trainer.profiler import Profiler
 from fabric_trainer.ranks import data_parallel
 from fabric_trainer.sharded import SHARDS, Shards
 from fabric_trainer.summary import module_table
@@ -118,6 +119,7 @@ class State:
         self.open: Any = None  # the update that the guard has not been asked about yet
         self.owes_evaluation = False  # a stop came between an update and the evaluation that was due after it
         self.limit_batches: int | None = None  # of an evaluation; all where None
+        self.profiler = Profiler()
         self.stopped = 0  # the exit code that a stop request asked for
         self._since = time.perf_counter()
         if saved:

@@ -32,7 +32,7 @@ from fabric_trainer import Batch, Loss, Task
 from fabric_trainer.checkpoint import load, read_index
 from fabric_trainer.cli import main as train
 
-TIMES = {"seconds", "samples_per_second", "memory/peak"}  # the columns that two runs may differ in
+TIMES = {"seconds", "samples_per_second", "memory/peak", "memory/host"}  # the columns that two runs may differ in
 
 CONFIG: dict[str, Any] = {
     "seed": 7,

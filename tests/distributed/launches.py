@@ -67,6 +67,8 @@ def prepare(folder: Path) -> Callable[[str], Path]:
                 jobs["probing"] = {"config": fixed}
             if strategy == "fsdp":
                 jobs["sync_after_accumulation"] = {}
+            if strategy == "ddp":
+                jobs["profile"] = {}
             try:
                 run_worker(folder, strategy, jobs)
             except AssertionError as error:

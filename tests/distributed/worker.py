@@ -31,6 +31,7 @@ from fabric_trainer import Config, checkpoint, fit
 from fabric_trainer.cli import make_task
 from fabric_trainer.command import load
 from fabric_trainer.config import TaskConfig
+from fabric_trainer.memory import in_use
 from fabric_trainer.portable import Leaf, local, shared, whole
 from fabric_trainer.probe import probe
 from fabric_trainer.sharded_save import save_shards
@@ -122,6 +123,18 @@ def footprint(fabric: Fabric, config: Config, folder: Path) -> dict[str, int]:
     weights = sum(leaf.shape.numel() for leaf in state.engine.leaves.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"held": sum(storages.values()), "peak": peak, "parameters": weights}
+
+
+def profile(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
+    """A run under each profiler, of which rank 1 is slower and larger."""
+    config.task.path, config.run.log_memory = "systems.Slow", True
+    found = {}
+    for name in ("simple", "pytorch"):
+        fabric._models_setup, config.profiler.name = 0, name
+        task = make_task(config)
+        fit(fabric, task, config, folder / f"profile {name}")
+        found[name] = in_use(fabric.device)["host"]
+    return found
 
 
 def sync_after_accumulation(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
