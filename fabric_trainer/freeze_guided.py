@@ -229,7 +229,7 @@ class Advanced(Plan):
         declined = self.history[-1] < self.history[-2] - self.config.rollback_threshold
         self.declines = self.declines + 1 if declined else 0
         best = max(self.snapshots, key=_metric, default=None)
-        if self.declines < patience or best is None or best["metric"] <= self.history[-1]:
+        if self.declines < patience or best is None:
             return None
         self.declines = 0
         frozen = [name for name in self.unfrozen if name not in best["unfrozen"]]
