@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
 
@@ -64,6 +64,12 @@ def load(path: Path | str) -> Config:
     """The configuration in a YAML file. Raises InputError."""
     parser = _config_parser()
     return _dataclass(parser, parser.parse_args([f"--config={path}"]))
+
+
+def from_checkpoint(tree: dict[str, Any], argv: Sequence[str] = ()) -> Config:
+    """The configuration that a checkpoint has, changed by further keys as on a command line. Raises InputError."""
+    parser = _config_parser()
+    return _dataclass(parser, parser.parse_args(list(argv), namespace=parser.parse_object(tree)))
 
 
 class _Parser(jsonargparse.ArgumentParser):

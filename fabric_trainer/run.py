@@ -77,7 +77,7 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(which: str, command: Command, config: Config) -> Path:
-    """The file that ``--evaluate best|last|PATH`` means. Raises InputError."""
+    """The file that ``best``, ``last`` or a path means. Raises InputError."""
     if which not in ("best", "last"):
         return Path(which)
     root = Path(config.run.root)
@@ -86,7 +86,7 @@ def find_checkpoint(which: str, command: Command, config: Config) -> Path:
         if path := checkpoint.linked(folder / "checkpoints", which):
             return path
     where = f"run {config.name}" if config.name else f"any run of {command.config_name}"
-    raise InputError(f"--evaluate {which}: {where} in {root}/ has no {which}.pt; give a path, or --name")
+    raise InputError(f"{which}: {where} in {root}/ has no {which}.pt; give a path, or --name")
 
 
 def compare_configs(saved: dict[str, Any], config: Config, tell: Tell) -> None:

@@ -12,6 +12,7 @@ import torch
 from conftest import REPOSITORY
 
 OPTIONAL = ("wandb", "torch_optimizer", "accelerate", "hypothesis", "pytest", "_pytest", "ruff", "mypy", "mypyc")
+OPTIONAL += ("onnx", "onnxruntime", "onnxscript", "safetensors", "optuna")
 
 
 @pytest.fixture(scope="module")

@@ -61,8 +61,8 @@ class GridEncoder(nn.Module):
             fields = fields + self.stem(fields)
             padded = F.pad(fields, (mx, mx, my, my), mode="circular")
             patches = padded.unfold(2, ph + 2 * my, ph).unfold(3, pw + 2 * mx, pw)  # (B, C, rows, columns, ph, pw)
-            patches = patches.permute(0, 1, 4, 5, 2, 3).reshape(len(fields), -1, rows * columns)
-            position = fourier(_centres(rows, columns, fields), self.frequencies).T.expand(len(fields), -1, -1)
+            patches = patches.permute(0, 1, 4, 5, 2, 3).reshape(fields.shape[0], -1, rows * columns)
+            position = fourier(_centres(rows, columns, fields), self.frequencies).T.expand(fields.shape[0], -1, -1)
             pooled = F.adaptive_avg_pool1d(torch.cat((patches, position), 1), self.tokens)
             # linear maps and means commute; in this order the map is applied to fewer places
             return self.project(pooled.transpose(1, 2))

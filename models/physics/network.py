@@ -63,18 +63,18 @@ class PhysicsNetwork(nn.Module):
         """
         states = u0 if u1 is None else torch.cat((u0, u1))
         latents = self.encoder(((states - self.field_mean) / self.field_std)[:, None, None])
-        z0 = latents[: len(u0)]
+        z0 = latents[: u0.shape[0]]
         z1 = z0 + self.reach * self.latent_change * (self.operator(z0, self.dt) - z0)
         out = {"z0": z0, "z1": z1}
         asked = [latents, z1] if predict else [latents]
         decoded = self._decode(torch.cat(asked), points, u0.shape[1])
         before = u0 if points is None else u0.gather(1, points)
         if u1 is not None:
-            out["z1_true"] = latents[len(u0) :]
-            out["reconstruction"] = decoded[: len(states)]
-            out["u1_true_latent"] = before + decoded[len(u0) : len(states)] - decoded[: len(u0)]
+            out["z1_true"] = latents[u0.shape[0] :]
+            out["reconstruction"] = decoded[: states.shape[0]]
+            out["u1_true_latent"] = before + decoded[u0.shape[0] : states.shape[0]] - decoded[: u0.shape[0]]
         if predict:
-            out["u1"] = before + decoded[len(states) :] - decoded[: len(u0)]
+            out["u1"] = before + decoded[states.shape[0] :] - decoded[: u0.shape[0]]
         return out
 
     def _decode(self, latents: Tensor, points: Tensor | None, size: int) -> Tensor:
@@ -82,6 +82,6 @@ class PhysicsNetwork(nn.Module):
         if points is None:
             points = torch.arange(size, device=latents.device)[None]
         x = ((points + 0.5) / size).to(latents.dtype)
-        xy = torch.stack((x, torch.zeros_like(x)), -1).repeat(len(latents) // len(x), 1, 1)
+        xy = torch.stack((x, torch.zeros_like(x)), -1).repeat(latents.shape[0] // x.shape[0], 1, 1)
         values = self.decoder(xy, latents, self.encoder.places(1, size))[..., 0]
         return values.to(latents.dtype) * self.field_std + self.field_mean
