@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fabric_trainer.portable import shared
 from fabric_trainer.probe import probe
 from fabric_trainer.record import Record
 from fabric_trainer.sharded_save import save_shards
+from fabric_trainer.snapshots import Snapshots
 from fabric_trainer.state import State
 
 
@@ -40,6 +41,8 @@ class Boundary(AbstractContextManager["Boundary"]):
             self.every["keep"] = Every.parse(config.checkpoint.keep_every)
         if config.run.cleanup_every:
             self.every["clean up"] = Every.parse(config.run.cleanup_every)
+        if config.ema.snapshots and folder is not None:
+            self.every["snapshot"] = Every.parse(config.ema.snapshots)
         self.saves = folder is not None
         if config.freeze.strategy == "advanced" and config.freeze.advanced.restore_weights and not self.saves:
             raise InputError("freeze.advanced.restore_weights needs a folder to write to: the weights are in best.pt")
@@ -47,6 +50,7 @@ class Boundary(AbstractContextManager["Boundary"]):
         if folder is not None and self.fabric.is_global_zero:
             self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
             self.checkpoints.forget_after(state.counters.window)
+        self.snapshots = Snapshots(state, folder)
         self.metrics: dict[str, float] = {}
         self.measured_at = -1  # the window after which they were measured
         self.now = self._resumed_clock()
@@ -71,6 +75,7 @@ class Boundary(AbstractContextManager["Boundary"]):
         """Whether anything follows the window just done, if its update was applied: nobody has asked yet."""
         if self.checkpoints is not None:
             self.checkpoints.check()
+            self.snapshots.check()
         state = self.state
         steps = state.counters.step + state.guard.unsettled
         epochs = span.epoch + span.stop / state.order.plan.length(span.epoch)
@@ -108,6 +113,9 @@ class Boundary(AbstractContextManager["Boundary"]):
                 improved = self.evaluate()
         if not (follows and state.owes_evaluation):
             self.freeze(span)
+        if "snapshot" in due or (finished and "snapshot" in self.every):
+            with state.profiler("save"):
+                self.snapshots.save()
         if finished or state.stopped or improved or {"save", "keep"} & due:
             with state.profiler("save"):
                 self.save(keep="keep" in due)
@@ -209,10 +217,12 @@ class Boundary(AbstractContextManager["Boundary"]):
         state = self.state
         state.tick()
         self.record.settled()
+        self.snapshots.wait()  # a resume from this checkpoint relies on those before it
         tree = state.state_dict()
+        weights = {"model": tree["model"], "ema": tree["ema"] or {}, **tree["averages"]}
         learned = {name for name, _ in state.module.named_parameters()}
         check_finite(
-            {key: {k: v for k, v in (tree[key] or {}).items() if k in learned} for key in ("model", "ema")}
+            {key: {k: v for k, v in named.items() if k in learned} for key, named in weights.items()}
             | {"optimizer": tree["optimizer"]["state"]}
         )
         counters = tree["counters"] | {"epoch": int(self.now.epochs + 1e-9)}
@@ -241,8 +251,9 @@ class Boundary(AbstractContextManager["Boundary"]):
         if self.checkpoints is None:
             return
         try:
-            with self.state.profiler("wait for disk"):
-                self.checkpoints.wait()
+            with self.state.profiler("wait for disk"), ExitStack() as both:
+                both.callback(self.checkpoints.wait)
+                both.callback(self.snapshots.wait)
         except Exception as error:
             if kind is None:
                 raise
@@ -250,7 +261,8 @@ class Boundary(AbstractContextManager["Boundary"]):
 
 
 def measure(state: State, split: str) -> dict[str, float]:
-    """``<split>/<metric>`` of the raw weights and ``<split>_ema/<metric>`` of the average, as configured."""
+    """``<split>/<metric>`` of the raw weights, ``<split>_ema/<metric>`` of the main average and
+    ``<split>_ema_<label>/<metric>`` of the others, as configured."""
     wanted, averaged = state.config.evaluate.weights, state.ema
     metrics: dict[str, float] = {}
     if averaged is None or wanted != "ema":
@@ -258,6 +270,9 @@ def measure(state: State, split: str) -> dict[str, float]:
     if averaged is not None and wanted != "raw":
         with averaged.applied():
             metrics |= _measured(state, split, f"{split}_ema")
+        for label in averaged.further if wanted == "all" else []:
+            with averaged.applied(label):
+                metrics |= _measured(state, split, f"{split}_ema_{label}")
     return metrics
 
 

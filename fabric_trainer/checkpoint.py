@@ -200,6 +200,16 @@ def take_part(state: Any) -> None:
         whole(state)
 
 
+def write(path: Path, state: dict[str, Any]) -> None:
+    """A file that is no run's, whole or not at all. Raises OSError for a full disk."""
+    try:
+        with HashingFile(hidden(path)) as file:
+            torch.save(state, file)  # type: ignore[arg-type]
+        hidden(path).replace(path)
+    except Exception as error:
+        raise disk_error(error) or error from None
+
+
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 
@@ -210,10 +220,25 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not is_checkpoint(path):
         raise InputError(f"there is no checkpoint {path}")
+    state = read(path)
+    if not isinstance(state, dict) or "model" not in state:
+        raise InputError(f"{path} has no 'model': it is no checkpoint of fabric_trainer")
+    return sharded.promised(state, path) if path.is_dir() else state
+
+
+def read(path: Path) -> Any:
+    """What is in a file, or in ``plain.pt`` of a folder of shards: verified, where the index knows it. Raises
+    CheckpointError, as ``load`` does."""
     entry = read_index(path.parent).get(path.resolve().name)
     if entry is not None and sha256(path) != entry["sha256"]:
         raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {INDEX}")
-    return sharded.promised(_read(path / sharded.PLAIN), path) if path.is_dir() else _read(path)
+    file = path / sharded.PLAIN if path.is_dir() else path
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{file} is refused: it is no file of tensors and plain values alone") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{file} is damaged: {(str(error) or 'it is cut short').splitlines()[0]}") from None
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -224,18 +249,6 @@ def is_checkpoint(path: Path) -> bool:
 def linked(folder: Path, which: str) -> Path | None:
     """What ``best`` or ``last`` means in a checkpoint folder."""
     return next((path for path in (folder / f"{which}.pt", folder / which) if path.exists()), None)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise CheckpointError(f"{path} is refused: it is no file of tensors and plain values alone") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged: {(str(error) or 'it is cut short').splitlines()[0]}") from None
-    if not isinstance(state, dict) or "model" not in state:
-        raise InputError(f"{path} has no 'model': it is no checkpoint of fabric_trainer")
-    return state
 
 
 def newest(folder: Path, tell: Callable[[str], None]) -> Path | None:
@@ -264,7 +277,7 @@ def file_name(template: str, counters: dict[str, Any], metrics: dict[str, float]
     values = _Values(counters | metrics)
     try:
         return template.format_map(values).replace("/", "_") + suffix
-    except (ValueError, KeyError, IndexError) as error:
+    except (ValueError, KeyError, IndexError, AttributeError) as error:
         raise InputError(f"checkpoint.name: {template!r} can't be filled in: {error}") from None
 
 

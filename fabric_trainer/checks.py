@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from fabric_trainer.config import Config
+from fabric_trainer.config import Config, EmaConfig
 from fabric_trainer.errors import InputError
 from fabric_trainer.every import Every
 from fabric_trainer.order import check_accumulate
@@ -42,6 +42,7 @@ LEASTS = {  # the smallest values in the sections of freeze
         "emergency_warmup": 1,
     },
 }
+WIDEST = 12**-0.5  # relative width of an average that weighs all updates alike
 
 
 def check(config: Config) -> None:
@@ -93,8 +94,7 @@ def check(config: Config) -> None:
         raise InputError("run.max_epochs or run.max_steps must say how long to train")
     if config.schedule.name == "plateau" and config.checkpoint.monitor is None:
         raise InputError("schedule.name: plateau follows checkpoint.monitor, which is not set")
-    if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
-        raise InputError(f"ema.decay must be at least 0 and below 1, not {config.ema.decay}")
+    _check_ema(config.ema)
     if config.batch.global_batch_size is not None and config.batch.accumulate != 1:
         raise InputError("batch.accumulate and batch.global_batch_size are both set: one follows from the other")
     _check_freeze(config)
@@ -138,6 +138,23 @@ def _check_freeze(config: Config) -> None:
         raise InputError(
             f"freeze.strategy: {freeze.strategy} follows freeze.monitor or checkpoint.monitor; neither is set"
         )
+
+
+def _check_ema(config: EmaConfig) -> None:
+    for decay in config.decays:
+        if not 0 <= decay < 1:
+            raise InputError(f"ema.decay must be at least 0 and below 1, not {decay}")
+    for width in config.power:
+        if not 0 < width < WIDEST:
+            raise InputError(f"ema.power: a relative width is above 0 and below {WIDEST:.4f}, not {width}")
+    for key, values in (("decay", config.decays), ("power", config.power)):
+        if len(set(values)) < len(values):
+            raise InputError(f"ema.{key}: {values} has a value twice")
+    _at_least("ema.start", config.start, 0)
+    if config.snapshots is not None:
+        _interval("ema.snapshots", config.snapshots)
+        if not config.power:
+            raise InputError(f"ema.snapshots: {config.snapshots!r} are of power averages; set ema.power: [0.05, 0.1]")
 
 
 def _at_least(key: str, value: float, least: int) -> None:

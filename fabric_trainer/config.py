@@ -103,12 +103,32 @@ class ClipConfig:
 
 @dataclass
 class EmaConfig:
-    """Exponential moving average of the weights."""
+    """Moving averages of the weights, several at once; the first of decay, else of power, is the main one."""
 
-    decay: float | None = None
-    """Such as 0.999; nothing keeps no average."""
+    decay: float | list[float] | None = None
+    """Exponential: such as 0.999, or [0.999, 0.9999]; nothing keeps none."""
     warmup: bool = True
-    """Start with min(decay, (1 + step) / (10 + step)), so that early weights are soon forgotten."""
+    """decay: start with min(decay, (1 + n) / (10 + n)) at the n-th update, so that early weights are soon forgotten."""
+    power: list[float] = field(default_factory=list)
+    """Power-function averages (EDM2): widths relative to the run so far, such as [0.05, 0.1]."""
+    start: int = 0
+    """Updates before which no average is kept: it is the weights."""
+    buffers: bool = False
+    """Average the running statistics of BatchNorm too; else the network's own go with an average."""
+    snapshots: str | None = None
+    """How often the power averages are written to the run's ema/, such as '1000 steps'; tools/ema makes any width of
+    them."""
+
+    @property
+    def decays(self) -> list[float]:
+        """decay as a list."""
+        decay = [] if self.decay is None else self.decay
+        return decay if isinstance(decay, list) else [decay]
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is any average."""
+        return bool(self.decays or self.power)
 
 
 @dataclass
@@ -358,8 +378,9 @@ class EvaluateConfig:
     """'100 steps', '1 epochs', '0.5 epochs'; the end of the run is always evaluated."""
     micro_batch_size: int | None = None
     """Samples per device and forward; else batch.micro_batch_size."""
-    weights: Literal["raw", "ema", "both"] = "both"
-    """Which weights: raw gives val/..., ema gives val_ema/... where there is an average."""
+    weights: Literal["raw", "ema", "both", "all"] = "both"
+    """Which weights: raw gives val/..., ema gives val_ema/... where there is an average; all: further averages too, as
+    val_ema_0.9999/... or val_ema_power_0.1/...."""
 
 
 @dataclass

@@ -53,6 +53,8 @@ def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     resume_from = choice.resume_from
     saved = shared(fabric, lambda: checkpoint.load(resume_from)) if resume_from else None
     if saved:
+        if "optimizer" not in saved:
+            raise InputError(f"--resume {resume_from}: there are weights alone in it; --init_from starts with them")
         run.compare_configs(saved["config"], config, fabric.print)
     state = State(fabric, task, config, saved, given=any(key.startswith("batch") for key in command.given))
     if command.init_from:
@@ -134,10 +136,8 @@ def load_state(fabric: Fabric, task: Task, which: str, command: Command, config:
     and a line that says whose they are, and the split."""
     path = _on_rank_zero(fabric, lambda: run.find_checkpoint(which, command, config))
     saved = shared(fabric, lambda: checkpoint.load(path))
-    if saved.get("ema") is None:
-        config.ema.decay = None
-    elif config.ema.decay is None:
-        config.ema.decay = saved["config"]["ema"]["decay"]
+    kept = saved["config"]["ema"] if saved.get("ema") else {}
+    config.ema.decay, config.ema.power = kept.get("decay"), kept.get("power", [])
     state = State(fabric, task, config)
     state.load_weights(saved)
     return state, f"{path}: step {saved['counters']['step']}, split {command.split}"

@@ -89,7 +89,7 @@ def fit(
                 update.rates = state.set_learning_rate()
                 with profiler("step"):
                     state.guard.step(update.norm)
-                state.open = update
+                state.leave_open(update)
                 state.engine.drop_gradients()
             else:
                 counters.empty += 1

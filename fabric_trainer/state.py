@@ -20,9 +20,9 @@ from fabric_trainer import portable, schedule
 from fabric_trainer.batch import rescaled, resolve_accumulate
 from fabric_trainer.checkpoint import Snapshot, take_part
 from fabric_trainer.checks import check
-from fabric_trainer.config import Config, FsdpConfig
+from fabric_trainer.config import Config, EmaConfig, FsdpConfig
 from fabric_trainer.ema import EMA
-from fabric_trainer.engine import make_engine
+from fabric_trainer.engine import Engine, make_engine
 from fabric_trainer.errors import InputError
 from fabric_trainer.evaluate import Split
 from fabric_trainer.freeze import Freezer
@@ -131,9 +131,7 @@ class State:
         engine = make_engine(self.fabric, self.task, network, config, self.freezer, self.accumulate)
         self.engine, self.guard = engine, engine.make_guard()
         self.peaks = [group["lr"] for group in engine.bare_optimizer.param_groups]
-        self.ema: EMA | None = None
-        if config.ema.decay is not None:
-            self.ema = EMA(engine.module, config.ema.decay, config.ema.warmup, engine.leaves, engine.refresh)
+        self.ema = make_ema(engine, config.ema) if config.ema.kept else None
 
     def refreeze(self) -> None:
         """Freeze and unfreeze what the freezer says now; all ranks together, between two updates. Weights, averages
@@ -222,6 +220,12 @@ class State:
             rates["lr/" + group["name"]] = group["lr"] = peak * share * self.freezer.share(group.get("unit"))
         return rates
 
+    def leave_open(self, update: Any) -> None:
+        """Whether the update is applied is asked when the next one's forward is under way (``loop.settle``)."""
+        self.open = update
+        if self.ema:
+            self.ema.hold()
+
     def describe(self) -> dict[str, str]:
         """What the start-up summary says beside the modules."""
         fabric, order, config, engine = self.fabric, self.order, self.config, self.engine
@@ -258,6 +262,7 @@ class State:
             "format": FORMAT,
             "model": self.engine.weights(),
             "ema": self.ema.state_dict() if self.ema else None,
+            "averages": {label: self.ema.state_dict(label) for label in self.ema.further} if self.ema else {},
             "optimizer": {
                 "state": self.engine.moments(),
                 "groups": optimizer_groups(self.engine.bare_optimizer, self.engine.names),
@@ -271,6 +276,7 @@ class State:
                 "epoch": asdict(self.epoch),
                 "history": self.history.state_dict(),
                 "owes_evaluation": self.owes_evaluation,
+                "ema": dict(self.ema.starts) if self.ema else {},
             },
             "config": asdict(self.config),
         }
@@ -281,26 +287,28 @@ class State:
         here, there = self.order.plan.length(0), saved["batch"]["epoch_samples"]
         if here != there:
             raise InputError(f"the run's epoch has {there} samples, this configuration's has {here}: not the same data")
-        self.load_tensors(saved)
         self.counters = Counters(**saved["counters"])
+        if new := self.load_tensors(saved):
+            self.fabric.print(f"ema: {', '.join(new)} starts at the weights of step {self.counters.step}")
         states = saved["states"]
         self.plateau.load_state_dict(states["plateau"])
         self.epoch = EpochSums(**states["epoch"])
         self.history.load_state_dict(states["history"])
         self.owes_evaluation = states["owes_evaluation"]
 
-    def load_tensors(self, saved: dict[str, Any]) -> None:
-        """Weights, averages and moments; all ranks together."""
-        self.load_weights(saved)
+    def load_tensors(self, saved: dict[str, Any]) -> list[str]:
+        """Weights, averages and moments; all ranks together. Returns the averages that start at the weights."""
+        new = self.load_weights(saved)
         self.engine.load_moments(saved["optimizer"]["state"], self._source(saved))
         self.engine.load_scaler_state(saved["states"]["scaler"])
+        return new
 
-    def load_weights(self, saved: dict[str, Any]) -> None:
-        """The weights and their average alone, strict; an average that was not kept starts at the weights."""
+    def load_weights(self, saved: dict[str, Any]) -> list[str]:
+        """The weights and their averages alone, strict; averages that were not kept start at the weights: returns
+        which."""
         source = self._source(saved)
         self.engine.load_weights(saved["model"], source, "the checkpoint")
-        if self.ema:
-            self.ema.load_state_dict(saved.get("ema") or saved["model"], source)
+        return self.ema.take_over(saved, self.counters.step, source) if self.ema else []
 
     def _source(self, saved: dict[str, Any]) -> Callable[[Tensor], Tensor]:
         return Shards(saved) if SHARDS in saved else partial(fetch, self.fabric)
@@ -320,6 +328,20 @@ def _require(task: Task, split: str) -> Dataset[Any]:
     if dataset is None or len(dataset) == 0:  # type: ignore[arg-type]
         raise InputError(f"{type(task).__name__} has no samples in its {split} split")
     return dataset
+
+
+def make_ema(engine: Engine, config: EmaConfig) -> EMA:
+    """Of the weights where the strategy keeps them."""
+    return EMA(
+        engine.module,
+        config.decays,
+        config.warmup,
+        engine.leaves,
+        engine.refresh,
+        power=config.power,
+        start=config.start,
+        buffers=config.buffers,
+    )
 
 
 def build_network(task: Task, config: FsdpConfig) -> nn.Module:

@@ -56,6 +56,81 @@ def test_warm_up_forgets_the_first_weights():
     assert EMA(network(), 0.999, warmup=False).decay_at(1) == 0.999
 
 
+def test_several_averages_each_go_their_own_way():
+    """Two decays and a width, beside an average of each alone: no bit is another's."""
+    net = network()
+    kinds = {"0.5": {"decay": 0.5}, "0.999": {"decay": 0.999}, "power_0.1": {"power": [0.1]}}
+    together = EMA(net, [0.5, 0.999], power=[0.1])
+    alone = {label: EMA(net, **kind) for label, kind in kinds.items()}
+    assert together.main == "0.5" and together.further == ["0.999", "power_0.1"]
+    for step in range(1, 20):
+        walk(net, step)
+        for ema in (together, *alone.values()):
+            ema.update(step)
+    raw = copy.deepcopy(net.state_dict())
+    for label, ema in alone.items():
+        assert all(torch.equal(value, together.state_dict(label)[name]) for name, value in ema.state_dict().items())
+        with together.applied(label):
+            assert torch.equal(net[0].weight, ema.state_dict()["0.weight"])
+    assert not torch.equal(together.state_dict("0.5")["0.weight"], together.state_dict("0.999")["0.weight"])
+    assert torch.equal(together.state_dict()["0.weight"], together.state_dict("0.5")["0.weight"]), "the main one"
+    assert all(torch.equal(value, raw[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("label", ["0.9", "power_0.1"])
+def test_until_it_starts_an_average_is_the_weights_and_then_as_one_that_began_there(label):
+    net = network()
+    ema = EMA(net, [0.9], power=[0.1], start=5)
+    for step in range(1, 6):
+        walk(net, step)
+        ema.update(step)
+        assert all(torch.equal(value, ema.state_dict(label)[name]) for name, value in net.state_dict().items())
+    later = EMA(net, [0.9], power=[0.1])  # counts its updates from here
+    for step in range(6, 12):
+        walk(net, step)
+        ema.update(step)
+        later.update(step - 5)
+    assert not torch.equal(ema.state_dict(label)["0.weight"], net[0].weight)
+    assert all(torch.equal(v, later.state_dict(label)[name]) for name, v in ema.state_dict(label).items())
+
+
+@settings(max_examples=30, deadline=None)
+@given(decay=st.floats(0.0, 0.9999), width=st.floats(0.02, 0.28), values=st.integers(0, 2**32 - 1))
+def test_an_average_of_a_weight_that_stands_still_stays_exactly_that(decay, width, values):
+    net = nn.Linear(5, 3)
+    with torch.no_grad():
+        net.weight.copy_(torch.randn(3, 5, generator=torch.Generator().manual_seed(values)) * 10 ** (values % 30 - 15))
+    ema = EMA(net, [decay], power=[width])
+    for step in range(1, 30):
+        ema.update(step)
+    for label in ema.averages:
+        assert torch.equal(ema.state_dict(label)["weight"], net.weight.detach())
+
+
+def test_running_statistics_are_averaged_where_asked():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.mask = nn.BatchNorm1d(3), nn.Buffer(torch.tensor([0.0, -torch.inf]))
+
+    net = Masked()
+    ema = EMA(net, 0.5, warmup=False, buffers=True)
+    mean = net.norm.running_mean.clone()
+    for step in (1, 2, 3):
+        net.norm(torch.randn(8, 3) + step)
+        if step == 2:
+            net.norm.running_mean = net.norm.running_mean.clone()  # another tensor in its place
+        mean.lerp_(net.norm.running_mean, 0.5)
+        ema.update(step)
+    state, own = ema.state_dict(), copy.deepcopy(net.state_dict())
+    assert torch.equal(state["norm.running_mean"], mean) and not torch.equal(mean, own["norm.running_mean"])
+    assert state["norm.num_batches_tracked"] == 3, "a counter: the network's own"
+    assert torch.equal(state["mask"], own["mask"]), "a constant, and inf - inf isn't a number"
+    with ema.applied():
+        assert torch.equal(net.norm.running_mean, mean)
+    assert all(torch.equal(value, own[name]) for name, value in net.state_dict().items())
+
+
 def test_half_precision_is_averaged_in_float32():
     net = nn.Linear(2, 1, bias=False).to(torch.bfloat16)
     with torch.no_grad():

@@ -30,11 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def consolidate(folder: Path, out: Path | None = None) -> Path:
     """Returns the file. Raises InputError; CheckpointError where the folder is damaged; OSError for a full disk."""
-    import torch
-
-    from fabric_trainer.checkpoint import load
-    from fabric_trainer.files import HashingFile, hidden
-    from fabric_trainer.sharded import SHARDS, disk_error, whole
+    from fabric_trainer.checkpoint import load, write
+    from fabric_trainer.sharded import SHARDS, whole
 
     saved = load(folder)
     if SHARDS not in saved:
@@ -44,12 +41,7 @@ def consolidate(folder: Path, out: Path | None = None) -> Path:
     if out.exists():
         raise InputError(f"{out} exists: delete it first, or give another -o")
     state = whole(saved, {key: value for key, value in saved.items() if key != SHARDS})
-    try:
-        with HashingFile(hidden(out)) as file:
-            torch.save(state, file)  # type: ignore[arg-type]
-        hidden(out).replace(out)
-    except Exception as error:
-        raise disk_error(error) or error from None
+    write(out, state)
     return out
 
 

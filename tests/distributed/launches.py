@@ -14,6 +14,13 @@ import torch
 import yaml
 from systems import document
 
+AVERAGES: dict[str, Any] = {  # six updates whose averages are followed
+    "run": {"max_steps": 6},
+    "schedule": {"warmup": 0},
+    "ema": {"snapshots": "3 steps"},
+    "evaluate": {"every": "100 steps"},
+    "checkpoint": {"every": "100 steps"},
+}
 HERE = Path(__file__).resolve().parent
 
 
@@ -57,6 +64,7 @@ def prepare(folder: Path) -> Callable[[str], Path]:
                     )
                 },
                 "memory": {},
+                "averages": {"config": document(strategy, **AVERAGES)},
             }
             frozen = {"strategy": "schedule", "schedule": {0: [], 4: ["blocks.1"], 7: ["blocks.*", "embed"]}}
             steady = {"task": {"path": "systems.Normed"}, "schedule": {"name": "constant", "warmup": 0}}

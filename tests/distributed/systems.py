@@ -22,7 +22,7 @@ BASE: dict[str, Any] = {
     "optim": {"lr": 1e-2, "weight_decay": 0.1, "args": {"eps": 1e-6}},
     "schedule": {"name": "cosine", "warmup": 3},
     "clip": {"norm": 0.5},
-    "ema": {"decay": 0.9},
+    "ema": {"decay": [0.9, 0.99], "power": [0.1]},
     "run": {"max_steps": 10, "log_every_n_steps": 3},
     "checkpoint": {"every": "1 steps", "keep_last": 20, "monitor": "val/loss"},
     "loggers": {"tensorboard": False},

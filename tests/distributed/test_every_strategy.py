@@ -30,10 +30,13 @@ def checkpoint_of(folder: Path, step: int | None = None, run: str = "run") -> di
 
 def assert_same_state(a: dict[str, Any], b: dict[str, Any], bound: float) -> None:
     """Weights, averages, moments and counters of two checkpoints."""
-    for tree in TREES:
-        assert a[tree].keys() == b[tree].keys()
-        for name, value in a[tree].items():
-            torch.testing.assert_close(value.double(), b[tree][name].double(), rtol=0, atol=bound, msg=f"{tree} {name}")
+    first, second = ({tree: c[tree] for tree in TREES} | c["averages"] for c in (a, b))
+    assert first.keys() == second.keys() == {*TREES, "0.99", "power_0.1"}
+    for tree, values in first.items():
+        assert values.keys() == second[tree].keys()
+        for name, value in values.items():
+            other = second[tree][name].double()
+            torch.testing.assert_close(value.double(), other, rtol=0, atol=bound, msg=f"{tree} {name}")
     moments, others = a["optimizer"]["state"], b["optimizer"]["state"]
     assert moments.keys() == others.keys()
     for name, values in moments.items():
@@ -130,6 +133,19 @@ def test_gradients_are_exchanged_after_fabrics_context_said_nothing(trained):
         assert rank["gradients"] and all(rank["gradients"])
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_averages_in_pieces_are_those_of_whole_weights_bit_for_bit(trained, strategy):
+    assert_exact_averages(results(trained(strategy).parent, strategy, "averages"))
+
+
+def assert_exact_averages(ranks: list[Any]) -> None:
+    """Beside torch.lerp of the same weights, gathered after each update; a snapshot has them too."""
+    for rank in ranks:
+        assert rank["updates"] == 6 and rank["collectives"] == 0
+        assert rank["compared"] > 3 * 10 and rank["different"] == []
+    assert ranks[0]["snapshots"] == [3, 6] and ranks[0]["saved"] == ["power_0.1"]
+
+
 def after_five(one: Path) -> list[int]:
     """What one process saw after its fifth update, sorted."""
     (rank,) = results(one.parent, "single", "train")
@@ -208,6 +224,7 @@ def test_what_a_rank_holds_of_a_hundred_million_parameters(tmp_path):
         "run": {"max_steps": 2},
         "schedule": {"warmup": 0},
         "evaluate": {"every": "100 steps"},
+        "ema": {"decay": 0.9, "power": []},
     }
     held = {}
     print("\n| strategy | held between updates, GB | largest resident size, GB |\n|---|---|---|")

@@ -21,9 +21,16 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import pytest
 import torch
 import yaml
-from launches import results, run_worker
+from launches import AVERAGES, results, run_worker
 from systems import document
-from test_every_strategy import assert_same_log, assert_same_state, checkpoint_of, counted, logged
+from test_every_strategy import (
+    assert_exact_averages,
+    assert_same_log,
+    assert_same_state,
+    checkpoint_of,
+    counted,
+    logged,
+)
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -75,6 +82,7 @@ def here(trained) -> Path:
         "resume": {"sources": {"single": str(one / "run/checkpoints/step-00000005.pt")}},
         "recompute": {"config": configured(**QUIET, task={"args": {"dropout": 0.3}})},
         "memory": {"config": configured(**QUIET)},
+        "averages": {"config": configured(**AVERAGES)},
         "faulty": {"cases": CASES, "config": configured(fabric=SHARDING, clip=CLIP)},
     }
     launch(one.parent, jobs)
@@ -128,6 +136,10 @@ def test_shards_of_the_optimizer_alone_and_clipping_by_value(here, tmp_path):
 def test_on_one_device_nothing_is_sharded(trained, tmp_path):
     launch(tmp_path, {"train": {}}, fabric={"devices": 1})
     assert_same_state(checkpoint_of(trained("single")), checkpoint_of(tmp_path / "fsdp1"), BOUND)
+
+
+def test_averages_in_pieces_are_those_of_whole_weights_bit_for_bit(here):
+    assert_exact_averages(results(here.parent, "fsdp1", "averages"))
 
 
 def test_nan_on_one_rank_is_left_out_by_both(here):

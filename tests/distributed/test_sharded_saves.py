@@ -85,7 +85,7 @@ def continues(folder: Path, source: str, target: str, reference: dict[str, Any],
     saved = restored(path)
     for rank in results(folder, name, "resume"):
         taken = rank[source]["taken"]
-        for tree in ("model", "ema", "counters", "states"):
+        for tree in ("model", "ema", "averages", "counters", "states"):
             assert_equal(saved[tree], taken[tree], tree)
         assert_equal(saved["optimizer"]["state"], taken["optimizer"]["state"], "optimizer")
     checkpoints = folder / name / f"from {source}/checkpoints"

@@ -33,10 +33,12 @@ from fabric_trainer.command import load
 from fabric_trainer.config import TaskConfig
 from fabric_trainer.memory import in_use
 from fabric_trainer.portable import Leaf, local, shared, whole
+from fabric_trainer.power import exponent
 from fabric_trainer.probe import probe
 from fabric_trainer.sharded_save import save_shards
 from fabric_trainer.state import State
 from fabric_trainer.strategies import make_fabric
+from tools.ema import read_snapshots
 
 torch.set_num_threads(1)
 
@@ -79,6 +81,43 @@ def faulty(fabric: Fabric, config: Config, folder: Path, cases: dict[str, dict[s
         state = fit(fabric, make_task(config), config, folder / name)
         found[name] = {"rows": state.memory.rows, "skipped": state.counters.skipped, "step": state.counters.step}
     return found
+
+
+def averages(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
+    """A short run's averages, gathered, beside those of the whole weights, which are gathered after each update."""
+    state = State(fabric, make_task(config), config)
+    follow = Weights(state)
+    fabric._callbacks.append(follow)
+    fit(fabric, state.task, config, folder / "averages", state=state)
+    fabric._callbacks.remove(follow)
+    decays = {
+        "0.9": lambda n: min(0.9, (1 + n) / (10 + n)),
+        "0.99": lambda n: min(0.99, (1 + n) / (10 + n)),
+        "power_0.1": lambda n: (1 - 1 / n) ** (exponent(0.1) + 1),
+    }
+    compared, different, first = 0, [], {}
+    for label, decay in decays.items():
+        found = {name: whole(leaf).clone() for name, leaf in state.ema.averaged(label).items()}  # type: ignore
+        for name, average in found.items():
+            expected = follow.history[0][name].clone()
+            for n, weights in enumerate(follow.history[1:], 1):
+                expected.lerp_(weights[name], 1 - decay(n))
+            compared += 1
+            different += [] if torch.equal(average, expected) else [f"{label} {name}"]
+        first[label] = found
+    result = {
+        "updates": len(follow.history) - 1,
+        "compared": compared,
+        "different": different,
+        "collectives": follow.collectives,
+    }
+    if fabric.is_global_zero:
+        snapshots = read_snapshots(folder / "averages" / "ema", None)
+        last = snapshots[-1]["averages"]
+        for label, average in last.items():
+            different += [name for name, value in average.items() if not torch.equal(value, first[label][name].cpu())]
+        result |= {"saved": list(last), "snapshots": [snapshot["counters"]["step"] for snapshot in snapshots]}
+    return result
 
 
 def recompute(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
@@ -208,6 +247,26 @@ class Collectives:
             for event in self.profile.function_events or []:
                 if event.name.startswith("gloo:"):
                     self.counts[event.name.removeprefix("gloo:")] += 1
+
+
+class Weights:
+    """A callback that gathers the weights after each update, and counts collectives while they are averaged."""
+
+    def __init__(self, state: State) -> None:
+        self.state, self.collectives = state, 0
+        self.history = [self.gathered()]
+        self.update, state.ema.update = state.ema.update, self.counted  # type: ignore
+
+    def gathered(self) -> dict[str, Tensor]:
+        return {name: whole(leaf).clone() for name, leaf in self.state.engine.leaves.items()}
+
+    def on_update_end(self, state: State, metrics: Any) -> None:
+        self.history.append(self.gathered())
+
+    def counted(self, step: int) -> None:
+        with torch.autograd.profiler.profile(use_kineto=False) as profile:
+            self.update(step)
+        self.collectives += sum(event.name.startswith("gloo:") for event in profile.function_events or [])
 
 
 class Live:
