@@ -138,6 +138,21 @@ def _check_freeze(config: Config) -> None:
         raise InputError(
             f"freeze.strategy: {freeze.strategy} follows freeze.monitor or checkpoint.monitor; neither is set"
         )
+    _check_restore(config)
+
+
+def _check_restore(config: Config) -> None:
+    """The weights come from best.pt, which has to be the best of the metric that decides."""
+    freeze, checkpoint = config.freeze, config.checkpoint
+    if freeze.strategy != "advanced" or not freeze.advanced.restore_weights:
+        return
+    if freeze.monitor not in (None, checkpoint.monitor) or freeze.mode not in (None, checkpoint.mode):
+        raise InputError(
+            "freeze.advanced.restore_weights brings back the best by checkpoint.monitor, which is "
+            f"{checkpoint.monitor} ({checkpoint.mode}): freeze.monitor and freeze.mode must be null or the same"
+        )
+    if not checkpoint.top_k:
+        raise InputError("freeze.advanced.restore_weights needs a best checkpoint: checkpoint.top_k must be at least 1")
 
 
 def _check_ema(config: EmaConfig) -> None:

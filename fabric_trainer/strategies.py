@@ -192,6 +192,11 @@ def check_strategy(config: Config, resolved: Resolved) -> None:
             "under fsdp and all others",
         ),
         (
+            name == "fsdp1" and config.freeze.strategy == "fixed" and config.freeze.fixed.phase1_epochs is not None,
+            "freeze.fixed.phase1_epochs: under fsdp1 what is frozen is fixed before training; a second phase runs "
+            "under fsdp and all others",
+        ),
+        (
             name == "deepspeed" and resolved.stage == 3 and config.freeze.strategy in ("gradient_guided", "advanced"),
             f"freeze.strategy: {config.freeze.strategy} measures gradients of frozen weights, which ZeRO-3 keeps in "
             "pieces; fabric.stage may be 1 or 2",

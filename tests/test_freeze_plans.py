@@ -656,6 +656,15 @@ def load_text(text: str) -> Config:
         ("freeze: {gradient_guided: {probes: 0}}", "freeze.gradient_guided.probes must be at least 1, not 0"),
         ("freeze: {advanced: {probes: 1}}", "freeze.advanced.probes must be at least 2, not 1"),
         ("freeze: {advanced: {momentum: 1}}", "freeze.advanced.momentum must be at least 0 and below 1, not 1"),
+        (
+            "freeze: {monitor: val/top5, advanced: {restore_weights: true}}",
+            "which is val/loss (min): freeze.monitor and",
+        ),
+        ("freeze: {mode: max, advanced: {restore_weights: true}}", "which is val/loss (min): freeze.monitor and"),
+        (
+            "{checkpoint: {top_k: 0}, freeze: {advanced: {restore_weights: true}}}",
+            "checkpoint.top_k must be at least 1",
+        ),
         ("freeze: {advanced: {rollback_patience: 0}}", "freeze.advanced.rollback_patience must be at least 1, not 0"),
     ],
 )
@@ -668,5 +677,6 @@ def test_wrong_keys_are_named(text, named):
 def test_right_keys_are_taken():
     assert config("freeze: {monitor: val/accuracy, mode: max, units: {top: ['layer4.*']}}").freeze.mode == "max"
     assert config("freeze: {advanced: {rollback_patience: null, emergency_epoch: null}}").freeze.strategy == "advanced"
+    assert config("freeze: {mode: min, advanced: {restore_weights: true}}").freeze.advanced.restore_weights
     schedule = config("freeze: {strategy: schedule, schedule: {0: [], 500: [layer4]}}").freeze.schedule
     assert schedule == {0: [], 500: ["layer4"]}

@@ -262,6 +262,14 @@ REFUSED = {
         {},
         ("fsdp and fsdp1",),
     ),
+    "freeze.strategy: under fsdp1": (("fsdp1",), {"freeze__strategy": "progressive"}, {}, ("progressive", "fsdp and")),
+    "freeze.fixed.phase1_epochs": (
+        ("fsdp1",),
+        {"freeze__strategy": "fixed", "freeze__fixed__phase1_epochs": 2},
+        {},
+        ("under fsdp and all others",),
+    ),
+    "freeze.strategy: advanced": (("deepspeed",), {"freeze__strategy": "advanced"}, {"stage": 3}, ("1 or 2",)),
 }
 
 
