@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import gc
+import gzip
+import json
 import math
 
 import pytest
@@ -155,3 +158,26 @@ def test_peak_memory_is_logged(fabric, tmp_path):
     header, *lines = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
     peaks = [float(line[header.index("memory/peak")]) for line in lines if line[header.index("memory/peak")]]
     assert 0 < max(peaks) <= torch.cuda.max_memory_allocated()
+
+
+def test_the_memory_in_use_is_logged_and_given_back(fabric, tmp_path, capsys):
+    keys = {"run.log_memory": True, "run.log_every_n_steps": 2, "run.cleanup_every": "5 steps"}
+    fit(fabric, Regression(), config(**keys), tmp_path)
+    with open(tmp_path / "metrics.csv") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    for row in rows:
+        assert 0 < row["memory/allocated"] <= row["memory/peak_since_log"] <= row["memory/peak"]
+        assert row["memory/allocated"] <= row["memory/reserved"] and row["memory/host"] > 0
+    peaks = [row["memory/peak"] for row in rows]
+    assert peaks == sorted(peaks), "since the start, though the allocator has counted anew since"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("clean-up")]
+    assert len(lines) == 5 and all(" · reserved " in line for line in lines)
+
+
+def test_a_trace_has_the_kernels(fabric, tmp_path):
+    fit(fabric, Regression(), config(**{"profiler.name": "pytorch"}), tmp_path)
+    with gzip.open(tmp_path / "trace-rank0.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    assert any(event.get("cat") == "kernel" for event in events)
+    assert sum(event["name"] == "forward" and event.get("cat") == "user_annotation" for event in events) == 3
+    assert "Self CUDA" in (tmp_path / "profile-rank0.txt").read_text()
