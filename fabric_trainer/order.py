@@ -6,6 +6,7 @@ depends on what was drawn before, so resuming in the middle of an epoch is arith
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -136,11 +137,9 @@ class Order:
 
     def span(self, window: int) -> Span:
         """Where window number ``window`` lies."""
-        epoch = max(0, len(self._first_windows) - 2)
-        while epoch > 0 and self._first_windows[epoch] > window:
-            epoch -= 1
-        while self.first_window(epoch + 1) <= window:
-            epoch += 1
+        while self._first_windows[-1] <= window:
+            self.first_window(len(self._first_windows))
+        epoch = bisect_right(self._first_windows, window) - 1
         cuts = self._cuts(epoch)
         place = window - self._first_windows[epoch]
         return Span(window, epoch, int(cuts[place]), int(cuts[place + 1]), place == len(cuts) - 2)
