@@ -46,6 +46,8 @@ class Boundary(AbstractContextManager["Boundary"]):
         self.saves = folder is not None
         if config.freeze.strategy == "advanced" and config.freeze.advanced.restore_weights and not self.saves:
             raise InputError("freeze.advanced.restore_weights needs a folder to write to: the weights are in best.pt")
+        if config.early_stopping.restore_best and not self.saves:
+            raise InputError("early_stopping.restore_best needs a folder to write to: the best weights are in best.pt")
         self.checkpoints: Checkpoints | None = None
         if folder is not None and self.fabric.is_global_zero:
             self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
@@ -68,7 +70,7 @@ class Boundary(AbstractContextManager["Boundary"]):
         epochs = 0.0
         if counters.window:
             span = order.span(counters.window - 1)
-            epochs = span.epoch + span.stop / order.plan.length(span.epoch)
+            epochs = span.epoch + span.stop / order.length(span.epoch)
         return Clock(counters.step, epochs, counters.seconds / 60)
 
     def due(self, span: Span, minutes: float) -> bool:
@@ -78,7 +80,7 @@ class Boundary(AbstractContextManager["Boundary"]):
             self.snapshots.check()
         state = self.state
         steps = state.counters.step + state.guard.unsettled
-        epochs = span.epoch + span.stop / state.order.plan.length(span.epoch)
+        epochs = span.epoch + span.stop / state.order.length(span.epoch)
         soonest = self._soonest
         if not (
             span.last
@@ -99,6 +101,7 @@ class Boundary(AbstractContextManager["Boundary"]):
         for name in due:
             self.marks[name] = self.every[name].after(self.now)
         self._set_soonest()
+        state.time_is_up = self.now.minutes >= state.most_minutes
         finished = state.finished
         if finished:
             state.stopped = 0
@@ -107,16 +110,17 @@ class Boundary(AbstractContextManager["Boundary"]):
         if span.last:
             self.end_epoch(span.epoch)
         improved, follows = False, state.freezer.plan.follows_metric
-        if state.val_set is not None and (finished or "evaluate" in due or (span.last and follows)):
+        asked = "evaluate" in due or (span.last and follows)
+        if state.val_set is not None and (finished or asked):
             state.owes_evaluation = bool(state.stopped)
             if not state.stopped:
-                improved = self.evaluate()
+                improved = self.evaluate(planned=asked or state.complete)
         if not (follows and state.owes_evaluation):
             self.freeze(span)
-        if "snapshot" in due or (finished and "snapshot" in self.every):
+        if "snapshot" in due or (state.finished and "snapshot" in self.every):
             with state.profiler("save"):
                 self.snapshots.save()
-        if finished or state.stopped or improved or {"save", "keep"} & due:
+        if state.finished or state.stopped or improved or {"save", "keep"} & due:
             with state.profiler("save"):
                 self.save(keep="keep" in due)
         if "clean up" in due:
@@ -131,7 +135,7 @@ class Boundary(AbstractContextManager["Boundary"]):
         """The first mark of each unit: all that an ordinary update has to be compared with."""
         change = self.state.freezer.next_change
         steps = float(self.state.steps if change is None else min(change, self.state.steps))
-        self._soonest = {"steps": steps, "epochs": math.inf, "minutes": math.inf}
+        self._soonest = {"steps": steps, "epochs": math.inf, "minutes": self.state.most_minutes}
         for name, mark in self.marks.items():
             unit = self.every[name].unit
             self._soonest[unit] = min(self._soonest[unit], mark - 1e-9)
@@ -181,14 +185,15 @@ class Boundary(AbstractContextManager["Boundary"]):
             raise InputError(f"freeze.monitor: no {monitor} among the metrics {', '.join(self.metrics)}")
         return self.metrics[monitor] * (1 if (config.freeze.mode or config.checkpoint.mode) == "max" else -1)
 
-    def evaluate(self) -> bool:
-        """Measure the raw and the averaged weights; returns whether the monitored metric is the best so far."""
-        state = self.state
-        counters, monitor = state.counters, state.config.checkpoint.monitor
+    def evaluate(self, planned: bool = True) -> bool:
+        """Measure the raw and the averaged weights; returns whether the monitored metric is the best so far.
+
+        planned: False for one that ``evaluate.every`` does not ask for, where the time is up: nothing that decides
+        counts it, so that a run continued with more time is the run that was never stopped.
+        """
+        state, counters = self.state, self.state.counters
         with state.profiler("evaluate"):
             self.metrics, self.measured_at = measure(state, "val"), counters.window
-        if monitor is not None and monitor not in self.metrics:
-            raise InputError(f"checkpoint.monitor: no {monitor} among the metrics {', '.join(self.metrics)}")
         state.owes_evaluation = False
         state.tick()
         place = {"step": counters.step, "epoch": self.now.epochs, "window": counters.window}
@@ -202,12 +207,47 @@ class Boundary(AbstractContextManager["Boundary"]):
             line = " · ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in shown.items())
             self.record.print(f"{split} at step {counters.step} · {line}")
         self.fabric.call("on_evaluation_end", state=state, metrics=self.metrics)
-        if monitor is None:
+        if planned:
+            self._decide()
+        if state.config.checkpoint.monitor is None:
             return False
-        if state.config.schedule.name == "plateau":
-            state.plateau.observe(self.metrics[monitor])
-        best = self.checkpoints is not None and self.checkpoints.is_best(self.metrics[monitor])
+        metric = self._metric("checkpoint.monitor", state.config.checkpoint.monitor)
+        best = self.checkpoints is not None and self.checkpoints.is_best(metric)
         return bool(self.fabric.broadcast(best))
+
+    def _decide(self) -> None:
+        """Let the plateau schedule and early stopping see the metric that they follow."""
+        state, stopping, monitor = self.state, self.state.early_stopping, self.state.config.checkpoint.monitor
+        if state.config.schedule.name == "plateau":
+            state.plateau.observe(self._metric("checkpoint.monitor", str(monitor)))
+        if stopping.config.patience is None:
+            return
+        key = "early_stopping.monitor" if stopping.config.monitor else "checkpoint.monitor"
+        stopping.observe(self._metric(key, stopping.config.monitor or str(monitor)))
+        if stopping.over:
+            self.record.print(f"early stopping: nothing better than {stopping.best:.4g} in {stopping.bad} evaluations")
+
+    def _metric(self, key: str, name: str) -> float:
+        if name not in self.metrics:
+            raise InputError(f"{key}: no {name} among the metrics {', '.join(self.metrics)}")
+        return self.metrics[name]
+
+    def restore_best(self) -> None:
+        """After the last update, where ``early_stopping.restore_best`` asks for it: the weights of best.pt and their
+        average in the network; last.pt keeps the last update's, from which the run can be continued."""
+        state, found = self.state, None
+        if not (state.config.early_stopping.restore_best and state.finished):
+            return
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+            found = self.checkpoints.best()
+        path, entry = self.fabric.broadcast(found) or (None, {})
+        if path is None:
+            self.record.print("no best.pt to restore: the monitored metric was never finite")
+            return
+        state.load_weights(shared(self.fabric, lambda: load(path)))
+        state.restored = self.metrics = entry["metrics"]
+        self.record.print(f"restored the weights of step {entry['step']} from {path}; last.pt has the last update's")
 
     def save(self, keep: bool = False) -> None:
         """Write a checkpoint in the background, or each rank its shard at once. Raises CheckpointError, in the

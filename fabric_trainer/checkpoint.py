@@ -82,6 +82,11 @@ class Checkpoints:
         ranked = self._ranked()
         return bool(self.config.top_k) and (not ranked or self._order(value) < self._order_of(ranked[0]))
 
+    def best(self) -> tuple[Path, dict[str, Any]] | None:
+        """The best by the monitored metric, and its entry in the index."""
+        ranked = self._ranked()
+        return (self.folder / ranked[0], self.index[ranked[0]]) if ranked else None
+
     # ---- in the background --------------------------------------------------------------------------------------
 
     def _write(self, path: Path, state: dict[str, Any], entry: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from fabric_trainer.config import Config, EmaConfig
+from fabric_trainer.duration import seconds
 from fabric_trainer.errors import InputError
 from fabric_trainer.every import Every
 from fabric_trainer.order import check_accumulate
@@ -64,6 +65,8 @@ def check(config: Config) -> None:
     for key, length in (
         ("run.max_epochs", config.run.max_epochs),
         ("run.max_steps", config.run.max_steps),
+        ("run.overfit_batches", config.run.overfit_batches),
+        ("early_stopping.patience", config.early_stopping.patience),
         ("batch.global_batch_size", config.batch.global_batch_size),
         ("evaluate.micro_batch_size", config.evaluate.micro_batch_size),
         ("fabric.tensor_parallel_size", config.fabric.tensor_parallel_size),
@@ -95,6 +98,7 @@ def check(config: Config) -> None:
     if config.schedule.name == "plateau" and config.checkpoint.monitor is None:
         raise InputError("schedule.name: plateau follows checkpoint.monitor, which is not set")
     _check_ema(config.ema)
+    _check_control(config)
     if config.batch.global_batch_size is not None and config.batch.accumulate != 1:
         raise InputError("batch.accumulate and batch.global_batch_size are both set: one follows from the other")
     _check_freeze(config)
@@ -170,6 +174,27 @@ def _check_ema(config: EmaConfig) -> None:
         _interval("ema.snapshots", config.snapshots)
         if not config.power:
             raise InputError(f"ema.snapshots: {config.snapshots!r} are of power averages; set ema.power: [0.05, 0.1]")
+
+
+def _check_control(config: Config) -> None:
+    run, stopping, checkpoint = config.run, config.early_stopping, config.checkpoint
+    for key in ("limit_train_batches", "limit_val_batches"):
+        limit = getattr(run, key)
+        if limit is not None and not (0 < limit <= 1 if isinstance(limit, float) else limit >= 1):
+            raise InputError(f"run.{key} must be a count of at least 1 or a share above 0.0, at most 1.0, not {limit}")
+    if isinstance(run.max_time, int):
+        raise InputError(f"run.max_time: {run.max_time} is a number (so is 12:00:00 in YAML): write '12:00:00' or 12h")
+    if run.max_time is not None:
+        try:
+            seconds(run.max_time)
+        except ValueError as error:
+            raise InputError(f"run.max_time {error}") from None
+    if not stopping.min_delta >= 0:
+        raise InputError(f"early_stopping.min_delta must be at least 0, not {stopping.min_delta}")
+    if stopping.patience is not None and (stopping.monitor or checkpoint.monitor) is None:
+        raise InputError("early_stopping.patience needs a metric: set early_stopping.monitor or checkpoint.monitor")
+    if stopping.restore_best and (checkpoint.monitor is None or checkpoint.top_k < 1):
+        raise InputError("early_stopping.restore_best needs best.pt: set checkpoint.monitor, checkpoint.top_k above 0")
 
 
 def _at_least(key: str, value: float, least: int) -> None:

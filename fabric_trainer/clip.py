@@ -43,13 +43,38 @@ def total_norm(tensors: list[Tensor], p: float = 2.0) -> Tensor:
     for tensor in tensors:
         piece = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         kinds.setdefault(_sharing(tensor), []).append(piece)
-    norms = [_over(groups, torch.stack(torch._foreach_norm(pieces, p)), p) for groups, pieces in kinds.items()]
+    norms = [over_ranks(groups, local_norm(pieces, p), p) for groups, pieces in kinds.items()]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), p)
 
 
-def _over(groups: tuple[ProcessGroup, ...], norms: Tensor, p: float) -> Tensor:
-    """The norm of all pieces of all ranks in the groups."""
-    norm = torch.linalg.vector_norm(norms, p)
+def part_norms(parts: list[list[Tensor]], p: float = 2.0) -> Tensor:
+    """The p-norm of each list of tensors: (len(parts),), the same on every rank; of an empty one 0. As many collectives
+    as for one norm over all of them."""
+    kinds: dict[tuple[ProcessGroup, ...], list[list[Tensor]]] = {}
+    for number, tensors in enumerate(parts):
+        for tensor in tensors:
+            piece = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            kinds.setdefault(_sharing(tensor), [[] for _ in parts])[number].append(piece)
+    if not kinds:
+        return torch.zeros(len(parts))
+    norms = [over_ranks(groups, local_norms(pieces, p), p) for groups, pieces in kinds.items()]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), p, dim=0)
+
+
+def local_norms(parts: list[list[Tensor]], p: float) -> Tensor:
+    """The norm of each list of this rank's tensors, of which there is at least one: (len(parts),)."""
+    some = next(tensor for tensors in parts for tensor in tensors)
+    return torch.stack([local_norm(tensors, p) if tensors else some.new_zeros(()) for tensors in parts])
+
+
+def local_norm(pieces: list[Tensor], p: float) -> Tensor:
+    """The norm of this rank's tensors, at least one; shards may be empty."""
+    held = [piece for piece in pieces if piece.numel()]  # the largest element of nothing is an error in torch
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(held, p)), p) if held else pieces[0].new_zeros(())
+
+
+def over_ranks(groups: tuple[ProcessGroup, ...], norm: Tensor, p: float) -> Tensor:
+    """The norms, of any shape, over all ranks in the groups, from each rank's own."""
     if not groups:
         return norm
     power = norm if math.isinf(p) else norm**p

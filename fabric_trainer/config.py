@@ -361,6 +361,15 @@ class RunConfig:
     """Passes over the plan."""
     max_steps: int | None = None
     """Applied updates; with max_epochs, whichever comes first."""
+    max_time: str | int | None = None
+    """Time of training over all resumes, after which the run is evaluated, saved and left with code 0: '02:12:00:00'
+    (days first), '12:00:00', '90m' or '1d 12h', in quotes."""
+    limit_train_batches: int | float | None = None
+    """Updates of an epoch: a count, or (with a point) a share; the first ones of the whole epoch."""
+    limit_val_batches: int | float | None = None
+    """Batches of an evaluation, counted over all ranks: a count, or (with a point) a share; the first ones."""
+    overfit_batches: int | None = None
+    """Train on the first so many updates of epoch 0 alone, in the same order in every epoch, and evaluate on them."""
     log_every_n_steps: int = 50
     """Updates between two fetches of the logged values from the device."""
     log_memory: bool = False
@@ -368,6 +377,10 @@ class RunConfig:
     memory/peak_since_log: bytes, the most of any rank."""
     cleanup_every: str | None = None
     """Collect garbage and give the device's unused blocks back, such as every '1000 steps' or '1 epochs'."""
+    log_gradient_norms: Literal["none", "groups", "modules"] = "none"
+    """grad_norm/... of every optimizer group, or of every module of the network, before clipping, by clip.p."""
+    deterministic: bool = False
+    """Deterministic algorithms alone, which can be slower; an operation that has none is an error."""
 
 
 @dataclass
@@ -381,6 +394,22 @@ class EvaluateConfig:
     weights: Literal["raw", "ema", "both", "all"] = "both"
     """Which weights: raw gives val/..., ema gives val_ema/... where there is an average; all: further averages too, as
     val_ema_0.9999/... or val_ema_power_0.1/...."""
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """The end of a run whose evaluations stop improving."""
+
+    patience: int | None = None
+    """Evaluations in a row without an improvement after which the run ends; nothing never ends it early."""
+    min_delta: float = 0.0
+    """What the metric must gain on its best to count as improved, in its own units."""
+    monitor: str | None = None
+    """The metric followed; else checkpoint.monitor."""
+    mode: Literal["min", "max"] | None = None
+    """Which end of it is good; else checkpoint.mode."""
+    restore_best: bool = False
+    """At the end of any run put the weights of best.pt, and their average, into the network; last.pt keeps the last."""
 
 
 @dataclass
@@ -474,6 +503,7 @@ class Config:
     fabric: FabricConfig = field(default_factory=FabricConfig)
     run: RunConfig = field(default_factory=RunConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     loggers: LoggersConfig = field(default_factory=LoggersConfig)
     profiler: ProfilerConfig = field(default_factory=ProfilerConfig)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from fabric_trainer import portable
 from fabric_trainer.blocks import find_blocks, recompute_blocks
-from fabric_trainer.clip import clip_gradients
+from fabric_trainer.clip import clip_gradients, part_norms
 from fabric_trainer.config import Config
 from fabric_trainer.ddp import UnsyncedDDP
 from fabric_trainer.faults import Guard
@@ -46,6 +46,8 @@ class Engine:
         self.set_up()
         self.trainable = [parameter for group in self.groups for parameter in group]
         self.leaves = self.find_leaves()
+        self.parts = self.find_parts(config.run.log_gradient_norms)
+        self.part_norms: dict[str, Tensor] = {}  # of the last gradient before it was clipped, 0-d
 
     def prepare(self, task: Task) -> None:
         """What has to happen to the network before a strategy wraps it."""
@@ -88,6 +90,17 @@ class Engine:
     def close(self) -> None:
         """Before another engine takes this one's place."""
 
+    def find_parts(self, kind: str) -> dict[str, list[nn.Parameter]]:
+        """What run.log_gradient_norms asks for: the parameters of every optimizer group, or of every module of the
+        network, by name."""
+        parts: dict[str, list[nn.Parameter]] = {}
+        if kind == "none":
+            return parts
+        for group, names, parameters in zip(self.group_names, self.names, self.groups, strict=True):
+            for name, parameter in zip(names, parameters, strict=True):
+                parts.setdefault(name.partition(".")[0] if kind == "modules" else group, []).append(parameter)
+        return parts
+
     # ---- an update ----------------------------------------------------------------------------------------------
 
     def make_guard(self) -> Guard:
@@ -103,7 +116,13 @@ class Engine:
         if self.scaler is not None:
             self.fabric.strategy.precision.unscale_gradients(self.bare_optimizer)  # type: ignore[attr-defined]
         clip = self.config.clip
+        if self.parts:
+            self.part_norms = self.measure_parts(clip.p)
         return clip_gradients(self.trainable, clip.norm, clip.value, clip.p)
+
+    def measure_parts(self, p: float) -> dict[str, Tensor]:
+        gradients = [[each.grad for each in part if each.grad is not None] for part in self.parts.values()]
+        return dict(zip(self.parts, part_norms(gradients, p).unbind(), strict=True))
 
     def drop_gradients(self) -> None:
         for parameter in self.trainable:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fabric_trainer.errors import InputError
-from fabric_trainer.order import Order, Sequential
+from fabric_trainer.order import First, Limit, Order, Plan, Sequential, limited
 from fabric_trainer.random import mixed, seed_torch
 from fabric_trainer.ranks import Ranks, data_parallel
 from fabric_trainer.task import Task
@@ -24,7 +24,9 @@ _EVALUATION = 0x6576616C  # keeps evaluation's random numbers apart from trainin
 class Split:
     """The evaluation batches of one dataset: in order, every sample once, however many ranks; again at each pass.
 
-    Random numbers are the same at every pass, and none of training's.
+    limit: only the first so many batches of ``micro_batch_size`` samples, or that share of them: the same samples on
+    any number of ranks. plan: other samples than all in their order. Random numbers are the same at every pass, and
+    none of training's.
     """
 
     def __init__(
@@ -35,14 +37,17 @@ class Split:
         micro_batch_size: int,
         seed: int = 0,
         num_workers: int = 0,
-        limit_batches: int | None = None,
+        limit: Limit = None,
+        plan: Plan | None = None,
     ) -> None:
-        plan = Sequential(len(dataset))  # type: ignore[arg-type]
-        if plan.samples == 0:
+        plan = plan or Sequential(len(dataset))  # type: ignore[arg-type]
+        self.whole = whole = plan.length(0)
+        if whole == 0:
             raise InputError(f"{type(task).__name__} has an evaluation split without samples; return None instead")
         self.ranks = data_parallel(fabric)
-        order = Order(plan, micro_batch_size, 1, self.ranks.size, self.ranks.rank)
-        spans = map(order.span, range(min(order.first_window(1), limit_batches or plan.samples)))
+        self.samples = min(whole, limited(limit, -(-whole // micro_batch_size)) * micro_batch_size)
+        order = Order(First(plan, self.samples), micro_batch_size, 1, self.ranks.size, self.ranks.rank)
+        spans = map(order.span, range(order.first_window(1)))
         rows = [rows for span in spans for rows in order.micro_batches(span)]
         self.seed = mixed(_EVALUATION, seed)
         micro_batches = MicroBatches(task, dataset, self.seed, training=False)

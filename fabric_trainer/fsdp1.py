@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning.fabric.strategies import FSDPStrategy
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.fsdp.wrap import CustomPolicy
 
-from fabric_trainer.clip import clip_gradients
+from fabric_trainer.clip import clip_gradients, local_norms, over_ranks
 from fabric_trainer.config import Config, FsdpConfig
 from fabric_trainer.engine import Engine
 from fabric_trainer.fsdp import DTYPES, materialise
@@ -108,10 +109,21 @@ class Fsdp1Engine(Engine):
         clip = self.config.clip
         if self.scaler is not None:
             self.fabric.strategy.precision.unscale_gradients(self.bare_optimizer)  # type: ignore[attr-defined]
+        if self.parts:
+            self.part_norms = self.measure_parts(clip.p)
         total: Tensor = self.fsdp.clip_grad_norm_(math.inf if clip.norm is None else clip.norm, clip.p)
         if clip.norm is None and clip.value is not None:
             clip_gradients(self.trainable, value=clip.value)
         return total
+
+    def measure_parts(self, p: float) -> dict[str, Tensor]:
+        """A rank may have no piece of a part, and takes part in the sum all the same."""
+        gradients = [[each.grad for each in part if each.grad is not None] for part in self.parts.values()]
+        nothing = self.trainable[0].new_zeros(0)
+        norms = local_norms([[*part, nothing] for part in gradients], p).to(self.fabric.device)
+        if any(unit._handle.uses_sharded_strategy for unit in self._units()):  # a single rank's is not
+            norms = over_ranks((cast(ProcessGroup, self.fsdp.process_group),), norms, p)
+        return dict(zip(self.parts, norms.unbind(), strict=True))
 
     # ---- state --------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from fabric_trainer import checkpoint, run, sharded, slurm
 from fabric_trainer.boundary import measure
 from fabric_trainer.command import Command
 from fabric_trainer.config import Config, data_root
+from fabric_trainer.duration import spoken
 from fabric_trainer.environment import describe
 from fabric_trainer.errors import FINISHED, TRY_AGAIN, InputError
 from fabric_trainer.faults import StopSignals
@@ -21,6 +22,7 @@ from fabric_trainer.loop import fit
 from fabric_trainer.memory import remembered
 from fabric_trainer.portable import shared
 from fabric_trainer.predict import check_output, predict, write
+from fabric_trainer.random import make_deterministic
 from fabric_trainer.report import write_report
 from fabric_trainer.run import Choice
 from fabric_trainer.state import State
@@ -32,6 +34,8 @@ def run_job(fabric: Fabric, task: Task, command: Command, config: Config, notes:
     """What every process does, once all are there; returns the exit code."""
     for note in notes:
         fabric.print(note)
+    if config.run.deterministic:
+        make_deterministic()
     if command.predict:
         check_predict(fabric, task, command)
     with fabric.rank_zero_first():
@@ -60,7 +64,7 @@ def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     if command.init_from:
         _init_from(state, command.init_from)
     if saved and state.finished:
-        fabric.print(f"run {choice.folder.name} is finished: {state.counters.step} steps; nothing to do")
+        fabric.print(why_nothing_is_left(state, choice.folder.name))
         return FINISHED
     if fabric.is_global_zero:
         run.open_folder(choice, command, config, describe(fabric.world_size, fabric.device, config.fabric.strategy))
@@ -73,7 +77,7 @@ def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
             run.set_status(choice.folder, "failed")
         raise
     if fabric.is_global_zero:
-        run.set_status(choice.folder, "stopped" if state.stopped else "finished")
+        run.set_status(choice.folder, "finished" if state.complete else "stopped")
         conclude(state, choice)
     if config.fabric.requeue and state.stopped == TRY_AGAIN and _anywhere(fabric, signals.warned):
         _on_rank_zero(fabric, lambda: fabric.print(slurm.requeue()))
@@ -81,12 +85,22 @@ def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     return state.stopped
 
 
+def why_nothing_is_left(state: State, name: str) -> str:
+    """Of a run that is to be continued and can't be."""
+    steps = state.counters.step
+    if not state.complete:
+        limit = spoken(state.most_minutes * 60)
+        return f"run {name} has had its run.max_time of {limit}, at step {steps}; a longer one continues it"
+    early = " (early stopping)" if state.early_stopping.over else ""
+    return f"run {name} is finished: {steps} steps{early}; nothing to do"
+
+
 def conclude(state: State, choice: Choice) -> None:
     """On rank 0: the report, with the task's pictures of the best weights, and a last plain line per metric."""
     report = write_report(choice.folder, {} if state.stopped else _pictures(state, choice.folder / "checkpoints"))
     print(f"report {report}", flush=True)
     if state.history.evaluations and not state.stopped:
-        print_metrics(state.history.evaluations[-1])
+        print_metrics(state.restored or state.history.evaluations[-1])
 
 
 def _pictures(state: State, checkpoints: Path) -> dict[str, Any]:
@@ -118,7 +132,7 @@ def check_predict(fabric: Fabric, task: Task, command: Command) -> None:
 
 def predict_to_file(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     """``--predict``: a checkpoint's predictions for every sample of a split, in one file that rank 0 writes."""
-    out = command.out or ""
+    out, config.run.limit_val_batches, config.run.overfit_batches = command.out or "", None, None
     state, source = load_state(fabric, task, command.predict or "", command, config)
     average = state.ema if config.evaluate.weights != "raw" else None
     fabric.print(f"{source}, {'averaged' if average else 'raw'} weights")
@@ -140,14 +154,16 @@ def load_state(fabric: Fabric, task: Task, which: str, command: Command, config:
     config.ema.decay, config.ema.power = kept.get("decay"), kept.get("power", [])
     state = State(fabric, task, config)
     state.load_weights(saved)
-    return state, f"{path}: step {saved['counters']['step']}, split {command.split}"
+    split = state.split(command.split)
+    part = f", {split.samples} of {split.whole} samples" if split.samples < split.whole else ""
+    return state, f"{path}: step {saved['counters']['step']}, split {command.split}{part}"
 
 
 def fast_dev_run(fabric: Fabric, task: Task, config: Config) -> int:
     """One update and one evaluation batch; leaves nothing behind."""
-    config.run.max_steps, config.schedule.warmup = 1, 0
+    config.run.max_steps, config.run.limit_val_batches, config.schedule.warmup = 1, 1, 0
+    config.early_stopping.restore_best = False
     state = State(fabric, task, config)
-    state.limit_batches = 1
     explain(state, None)
     fit(fabric, task, config, state=state)
     if fabric.is_global_zero and state.history.evaluations:

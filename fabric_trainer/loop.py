@@ -84,7 +84,7 @@ def fit(
             if weight > 0:
                 # one step; what became of the one before is known by now, so the step counter is exact
                 with profiler("clip"):
-                    update.norm = state.engine.clip()
+                    update.norm, update.part_norms = state.engine.clip(), state.engine.part_norms
                 settle(state, record)
                 update.rates = state.set_learning_rate()
                 with profiler("step"):
@@ -100,6 +100,7 @@ def fit(
                 settle(state, record)
                 boundary.act(update.window.span)
             fabric.call("on_update_end", state=state, metrics=boundary.metrics)
+        boundary.restore_best()
     fabric.barrier()
     fabric.call("on_fit_end", state=state, metrics=boundary.metrics)
     return state

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 Accumulate = int | dict[str, dict[int, int]]
+Limit = int | float | None
 
 
 class Plan(Protocol):
@@ -54,6 +55,19 @@ class Sequential:
         return np.arange(self.samples)
 
 
+class First:
+    """The first ``samples`` entries of a plan's epoch 0, the same in every epoch."""
+
+    def __init__(self, plan: Plan, samples: int) -> None:
+        self.plan, self.samples = plan, samples
+
+    def length(self, epoch: int) -> int:
+        return self.samples
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        return self.plan(0)[: self.samples]
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Where a window lies: entries ``start:stop`` of the plan of ``epoch``."""
@@ -88,6 +102,14 @@ def accumulation(accumulate: Accumulate, window: int, epoch: int) -> int:
     return steps[max(start for start in steps if start <= now)]
 
 
+def limited(limit: Limit, batches: int) -> int:
+    """How many of ``batches`` a limit leaves: a count (int) at most so many, a share (float) that part, rounded down,
+    but at least one."""
+    if isinstance(limit, float):
+        return max(1, int(limit * batches + 1e-9))  # 0.29 x 100 is 28.999…
+    return batches if limit is None else min(limit, batches)
+
+
 def check_accumulate(accumulate: Any) -> None:
     """Raise ValueError, with what would be right, unless ``accumulate`` is one of its three forms."""
     if _whole(accumulate, 1):
@@ -110,14 +132,21 @@ class Order:
 
     micro_batch_size: rows per rank and forward. accumulate: micro-batches per rank and window. world_size and rank
     are those of the data-parallel group. A window takes micro_batch_size x accumulate x world_size entries of the
-    plan, the last of an epoch what is left: nothing is dropped and nothing comes twice.
+    plan, the last of an epoch what is left: nothing is dropped and nothing comes twice. limit: an epoch ends after so
+    many of its windows, or that share of them, which are those that the whole epoch begins with.
     """
 
     def __init__(
-        self, plan: Plan, micro_batch_size: int, accumulate: Accumulate = 1, world_size: int = 1, rank: int = 0
+        self,
+        plan: Plan,
+        micro_batch_size: int,
+        accumulate: Accumulate = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        limit: Limit = None,
     ) -> None:
         check_accumulate(accumulate)
-        self.plan, self.accumulate = plan, accumulate
+        self.plan, self.accumulate, self.limit = plan, accumulate, limit
         self.micro_batch_size, self.world_size, self.rank = micro_batch_size, world_size, rank
         self._first_windows = [0]  # first window of epoch 0, 1, …; grows as asked
         # one epoch's cuts and indices are kept: windows are asked for in order
@@ -127,6 +156,10 @@ class Order:
     def effective_batch_size(self, window: int, epoch: int) -> int:
         """Samples of a full window, over all ranks."""
         return self.micro_batch_size * accumulation(self.accumulate, window, epoch) * self.world_size
+
+    def length(self, epoch: int) -> int:
+        """Entries of the plan that the epoch's windows take: all of them, unless there is a limit."""
+        return int(self._cuts(epoch)[-1])
 
     def first_window(self, epoch: int) -> int:
         """The number of the first window of ``epoch``, which is how many windows the epochs before it have."""
@@ -164,7 +197,7 @@ class Order:
         return -(-rows // self.micro_batch_size)
 
     def _compute_cuts(self, epoch: int) -> np.ndarray:
-        """Where the epoch's windows start and end: int64 (windows + 1,), from 0 to the length."""
+        """Where the epoch's windows start and end: int64 (windows + 1,), from 0 to the length, or the limit."""
         length = self.plan.length(epoch)
         if length < 1:
             raise ValueError(f"epoch {epoch} has no samples: there is nothing to train on")
@@ -178,4 +211,5 @@ class Order:
             pieces.append(np.arange(position, stop, size))
             window += len(pieces[-1])
             position = stop
-        return np.concatenate([*pieces, [length]])
+        cuts = np.concatenate([*pieces, [length]])
+        return cuts[: limited(self.limit, len(cuts) - 1) + 1]

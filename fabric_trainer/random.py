@@ -7,6 +7,7 @@ of a batch and resumes can't change it. The mixing function is SplitMix64 (Steel
 from __future__ import annotations
 
 import math
+import os
 import zlib
 
 import torch
@@ -91,6 +92,14 @@ def mixed(*parts: int) -> int:
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
         x ^= x >> 31
     return x >> 1
+
+
+def make_deterministic() -> None:
+    """For the rest of the process: deterministic algorithms alone, and a RuntimeError of torch's that names the
+    operation that has none. Call it before anything runs on a GPU: cuBLAS reads its setting once."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
 
 
 def seed_torch(device: torch.device, *parts: int) -> None:

@@ -29,6 +29,7 @@ class Update:
     names: tuple[str, ...] = ()
     sums: list[Tensor] = field(default_factory=list)  # this rank's, len(names) per micro-batch
     norm: Tensor = NO_NORM
+    part_norms: dict[str, Tensor] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     complete: bool = False  # every micro-batch has had its backward
     step: int = 0  # set once it is known to be applied
@@ -111,40 +112,42 @@ class Record(AbstractContextManager["Record"]):
             self.state.history.write(self.folder)
 
     def _rows(self, updates: list[Update]) -> list[dict[str, float]]:
-        sums, norms = self._fetch(updates)
+        sums, norms, parts = self._fetch(updates)
         now = time.perf_counter()
         pace = (updates[-1].samples - self._samples) / max(now - self._since, 1e-9)
         self._since, self._samples = now, updates[-1].samples
         memory = self._memory()
         rows = []
-        for update, values, norm in zip(updates, sums, norms, strict=True):
+        for update, values, norm, part_norms in zip(updates, sums, norms, parts, strict=True):
             self.state.epoch.add(update.weight, values)
             span = update.window.span
             row: dict[str, float] = {"step": update.step, "window": span.window, "epoch": span.epoch}
             row |= {"samples": update.samples}
             row |= {f"train/{name}": value / update.weight for name, value in values.items()}
-            rows.append(row | update.rates | {"grad_norm": norm, "samples_per_second": pace} | memory)
+            row |= update.rates | {"grad_norm": norm} | {f"grad_norm/{part}": n for part, n in part_norms.items()}
+            rows.append(row | {"samples_per_second": pace} | memory)
         return rows
 
-    def _fetch(self, updates: list[Update]) -> tuple[list[dict[str, float]], list[float]]:
-        """Per update, the sums over micro-batches and ranks by name, and the gradient's norm."""
-        tensors = [tensor for update in updates for tensor in (*update.sums, update.norm)]
+    def _fetch(self, updates: list[Update]) -> tuple[list[dict[str, float]], list[float], list[dict[str, float]]]:
+        """Per update, the sums over micro-batches and ranks by name, the gradient's norm, and its parts' by name."""
+        tensors = [tensor for u in updates for tensor in (*u.sums, u.norm, *u.part_norms.values())]
         wide = torch.float32 if self.fabric.device.type == "mps" else torch.float64
         if len({tensor.dtype for tensor in tensors}) > 1:
             tensors = [tensor.to(wide) for tensor in tensors]
         values = iter(torch.stack(tensors).to(wide).tolist())
-        sums, norms = [], []
+        sums, norms, parts = [], [], []
         for update in updates:
             total = dict.fromkeys(update.names, 0.0)
             for i in range(len(update.sums)):
                 total[update.names[i % len(update.names)]] += next(values)
             sums.append(total)
             norms.append(next(values))
+            parts.append({part: next(values) for part in update.part_norms})
         if self.state.ranks.size > 1:
             own = torch.tensor([list(total.values()) for total in sums], dtype=wide, device=self.fabric.device)
             over_ranks = self.state.ranks.sum(own).tolist()
             sums = [dict(zip(t, row, strict=True)) for t, row in zip(sums, over_ranks, strict=True)]
-        return sums, norms
+        return sums, norms, parts
 
     def _memory(self) -> dict[str, float]:
         """Bytes. peak: this rank's, since the start. run.log_memory: the rest, the most of any rank; one collective."""

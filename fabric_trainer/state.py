@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from fabric_trainer.batch import rescaled, resolve_accumulate
 from fabric_trainer.checkpoint import Snapshot, take_part
 from fabric_trainer.checks import check
 from fabric_trainer.config import Config, EmaConfig, FsdpConfig
+from fabric_trainer.duration import seconds, spoken
+from fabric_trainer.early_stopping import EarlyStopping
 from fabric_trainer.ema import EMA
 from fabric_trainer.engine import Engine, make_engine
 from fabric_trainer.errors import InputError
@@ -29,7 +32,7 @@ from fabric_trainer.freeze import Freezer
 from fabric_trainer.fsdp import check_resettable
 from fabric_trainer.history import History
 from fabric_trainer.memory import Memory
-from fabric_trainer.order import Accumulate, Order, accumulation
+from fabric_trainer.order import Accumulate, First, Order, accumulation
 from fabric_trainer.portable import fetch, optimizer_groups
 from fabric_trainer.profiler import Profiler
 from fabric_trainer.ranks import data_parallel
@@ -79,29 +82,31 @@ class State:
         self, fabric: Fabric, task: Task, config: Config, saved: dict[str, Any] | None = None, given: bool = False
     ) -> None:
         check(config)  # of whoever made it without the command line
+        if config.run.deterministic and not torch.are_deterministic_algorithms_enabled():
+            raise InputError("run.deterministic: call fabric_trainer.random.make_deterministic() before this")
         self.fabric, self.task, self.config = fabric, task, config
         self.ranks = data_parallel(fabric)
         self.train_set = _require(task, "train")
-        self.val_set = task.dataset("val")
+        self.val_set = task.dataset("val") if config.run.overfit_batches is None else self.train_set
         self._splits: dict[str, Split] = {}
         self.accumulate: Accumulate = (
             rescaled(saved["batch"], config.batch, self.ranks.size, given)
             if saved
             else resolve_accumulate(config.batch, self.ranks.size)
         )
-        self.order = Order(
-            task.plan(self.train_set, config.seed),
-            config.batch.micro_batch_size,
-            self.accumulate,
-            self.ranks.size,
-            self.ranks.rank,
-        )
+        self.order = self._order()
         self.steps = self._length()
         try:
             self.share = schedule.share(config.schedule, self.steps)
         except ValueError as error:
             raise InputError(str(error)) from None
         self.plateau = schedule.Plateau(config.schedule, config.checkpoint.mode)
+        stopping = config.early_stopping
+        if stopping.patience is not None and self.val_set is None:
+            raise InputError(f"early_stopping.patience needs evaluations: {type(task).__name__} has no val split")
+        self.early_stopping = EarlyStopping(stopping, stopping.mode or config.checkpoint.mode)
+        self.most_minutes = math.inf if config.run.max_time is None else seconds(str(config.run.max_time)) / 60
+        self.time_is_up = False
 
         seed_everything(config.seed, verbose=False)
         network = build_network(task, config.fabric.fsdp)
@@ -118,7 +123,7 @@ class State:
         self.counters, self.epoch, self.history = Counters(), EpochSums(), History()
         self.open: Any = None  # the update that the guard has not been asked about yet
         self.owes_evaluation = False  # a stop came between an update and the evaluation that was due after it
-        self.limit_batches: int | None = None  # of an evaluation; all where None
+        self.restored: dict[str, float] = {}  # the metrics of the best weights, once they were put back
         self.profiler = Profiler()
         self.stopped = 0  # the exit code that a stop request asked for
         self._since = time.perf_counter()
@@ -170,6 +175,14 @@ class State:
         self.network.train()
         self.freezer.set_modes(self.module)
 
+    def _order(self) -> Order:
+        run, ranks = self.config.run, self.ranks
+        plan = self.task.plan(self.train_set, self.config.seed)
+        cut = (self.config.batch.micro_batch_size, self.accumulate, ranks.size, ranks.rank)
+        if run.overfit_batches is not None:
+            plan = First(plan, Order(plan, *cut, limit=run.overfit_batches).length(0))
+        return Order(plan, *cut, limit=run.limit_train_batches)
+
     def _length(self) -> int:
         """The updates of the whole run, if none is skipped: what the schedules span."""
         run = self.config.run
@@ -188,11 +201,18 @@ class State:
 
     @property
     def finished(self) -> bool:
-        """Whether the last epoch or the last step is done. Only true of a settled state."""
+        """Whether nothing is left to do, or its time is up. Only true of a settled state."""
+        return self.time_is_up or self.complete
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last epoch or the last step is done, or early stopping has ended the run."""
         run, counters = self.config.run, self.counters
         if run.max_steps is not None and counters.step >= run.max_steps:
             return True
-        return run.max_epochs is not None and counters.window >= self.order.first_window(run.max_epochs)
+        if run.max_epochs is not None and counters.window >= self.order.first_window(run.max_epochs):
+            return True
+        return self.early_stopping.over
 
     def split(self, name: str) -> Split:
         """The evaluation batches of a split, made once. Raises InputError where the task has none."""
@@ -201,8 +221,9 @@ class State:
             if dataset is None:
                 raise InputError(f"{type(self.task).__name__} has no {name} split")
             size = config.evaluate.micro_batch_size or config.batch.micro_batch_size
-            workers, limit = config.data.num_workers, self.limit_batches
-            self._splits[name] = Split(self.fabric, self.task, dataset, size, config.seed, workers, limit)
+            workers, limit = config.data.num_workers, config.run.limit_val_batches
+            plan = self.order.plan if name == "val" and config.run.overfit_batches is not None else None
+            self._splits[name] = Split(self.fabric, self.task, dataset, size, config.seed, workers, limit, plan)
         return self._splits[name]
 
     def tick(self) -> float:
@@ -238,7 +259,8 @@ class State:
             "effective batch": f"{micro} micro x {first} accumulate x {ranks} rank{'s' * (ranks > 1)}"
             f" = {micro * first * ranks}{changes}",
             "updates": f"{order.first_window(1)} in the first epoch, {self.steps} in all",
-            "samples": f"{order.plan.length(0)} an epoch",
+            "samples": f"{order.length(0)} an epoch",
+            **self._limits(),
             "schedule": f"{config.schedule.name}: "
             + ", ".join(f"{share * max(self.peaks):.3g} at {step}" for step, share in corners.items()),
             "optimizer": f"{type(engine.bare_optimizer).__name__}, groups "
@@ -252,6 +274,23 @@ class State:
             "threads": str(torch.get_num_threads()),
             "seed": str(config.seed),
         }
+
+    def _limits(self) -> dict[str, str]:
+        """Lines of the summary, of what ends or limits the run beside its length."""
+        run, stopping, lines = self.config.run, self.config.early_stopping, {}
+        if run.overfit_batches is not None:
+            lines["overfit"] = f"the first {run.overfit_batches} updates of epoch 0 are the train and the val split"
+        if run.limit_train_batches is not None:
+            lines["train limit"] = f"{self.order.length(0)} of {self.order.plan.length(0)} samples in the first epoch"
+        if run.limit_val_batches is not None and self.val_set is not None:
+            val = self.split("val")
+            lines["val limit"] = f"{val.samples} of {val.whole} samples"
+        if run.max_time is not None:
+            lines["max time"] = spoken(self.most_minutes * 60)
+        if stopping.patience is not None:
+            monitor = stopping.monitor or self.config.checkpoint.monitor
+            lines["early stopping"] = f"after {stopping.patience} evaluations without a better {monitor}"
+        return lines
 
     # ---- checkpoint ---------------------------------------------------------------------------------------------
 
@@ -268,9 +307,10 @@ class State:
                 "groups": optimizer_groups(self.engine.bare_optimizer, self.engine.names),
             },
             "counters": asdict(self.counters),
-            "batch": batch | {"world_size": self.ranks.size, "epoch_samples": self.order.plan.length(0)},
+            "batch": batch | {"world_size": self.ranks.size, "epoch_samples": self.order.length(0)},
             "states": {
                 "plateau": self.plateau.state_dict(),
+                "early_stopping": self.early_stopping.state_dict(),
                 "scaler": self.engine.scaler_state(),
                 "freeze": self.freezer.state_dict(),
                 "epoch": asdict(self.epoch),
@@ -284,7 +324,7 @@ class State:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue exactly there; all ranks together. saved: a file's content, or what ``portable.shared`` made of it.
         Raises InputError where the checkpoint is of another network, optimizer or data."""
-        here, there = self.order.plan.length(0), saved["batch"]["epoch_samples"]
+        here, there = self.order.length(0), saved["batch"]["epoch_samples"]
         if here != there:
             raise InputError(f"the run's epoch has {there} samples, this configuration's has {here}: not the same data")
         self.counters = Counters(**saved["counters"])
@@ -292,6 +332,9 @@ class State:
             self.fabric.print(f"ema: {', '.join(new)} starts at the weights of step {self.counters.step}")
         states = saved["states"]
         self.plateau.load_state_dict(states["plateau"])
+        if "early_stopping" in states:
+            self.early_stopping.load_state_dict(states["early_stopping"])
+        self.time_is_up = self.counters.seconds / 60 >= self.most_minutes  # of rank 0, which saved them
         self.epoch = EpochSums(**states["epoch"])
         self.history.load_state_dict(states["history"])
         self.owes_evaluation = states["owes_evaluation"]

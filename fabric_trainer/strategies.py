@@ -165,6 +165,10 @@ def check_strategy(config: Config, resolved: Resolved) -> None:
             config.clip.value is not None and not row.clip_value,
             f"clip.value: {name} clips by the norm alone; set clip.norm",
         ),
+        (
+            config.run.log_gradient_norms != "none" and name == "deepspeed",
+            "run.log_gradient_norms: deepspeed keeps gradients in buffers of its own; leave it none",
+        ),
         (config.clip.p != 2 and not row.clip_p, f"clip.p: {name} measures the 2-norm alone, not {config.clip.p}"),
         (
             config.checkpoint.sharded and not row.sharded_save,

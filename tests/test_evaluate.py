@@ -203,7 +203,7 @@ def test_no_graph_is_kept_and_nothing_changes_in_the_network(fabric):
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("limit, batches", [(None, 5), (1, 1), (3, 3), (100, 5)])
-def test_limit_batches(fabric, limit, batches):
-    (seen,) = spied(fabric, 1, limit_batches=limit)
+@pytest.mark.parametrize("limit, batches", [(None, 5), (1, 1), (3, 3), (100, 5), (0.5, 2), (0.1, 1), (1.0, 5)])
+def test_the_first_batches_alone(fabric, limit, batches):
+    (seen,) = spied(fabric, 1, limit=limit)
     assert torch.cat([batch["index"] for batch in seen]).tolist() == list(range(min(23, 5 * batches)))
