@@ -45,6 +45,18 @@ def results(folder: Path, strategy: str, job: str) -> list[Any]:
     return [torch.load(path, weights_only=True) for path in paths]
 
 
+def ending(made: dict[str, Any]) -> dict[str, Any]:
+    """Stops early after the third update, where the best is one before it; norms of modules are logged."""
+    sections: dict[str, Any] = {
+        "evaluate": {"every": "1 steps"},
+        "checkpoint": {"mode": "max", "every": "100 steps"},
+        "early_stopping": {"patience": 2, "mode": "min", "min_delta": 1e9, "restore_best": True},
+    }
+    if made["fabric"].get("strategy") != "deepspeed":
+        sections["run"] = {"log_gradient_norms": "modules"}
+    return made | {name: made.get(name, {}) | keys for name, keys in sections.items()}
+
+
 def prepare(folder: Path) -> Callable[[str], Path]:
     """A function that gives a strategy's folder, after one launch with the jobs that need no other strategy."""
     done: set[str] = set()
@@ -65,6 +77,7 @@ def prepare(folder: Path) -> Callable[[str], Path]:
                 },
                 "memory": {},
                 "averages": {"config": document(strategy, **AVERAGES)},
+                "ends": {"config": ending(document(strategy))},
             }
             frozen = {"strategy": "schedule", "schedule": {0: [], 4: ["blocks.1"], 7: ["blocks.*", "embed"]}}
             steady = {"task": {"path": "systems.Normed"}, "schedule": {"name": "constant", "warmup": 0}}

@@ -113,6 +113,37 @@ def test_the_gradient_collectives_are_those_that_the_algorithm_needs(trained):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_all_ranks_end_early_together_with_the_best_weights(trained, strategy):
+    ends_early(trained("single"), trained(strategy), tolerance(strategy))
+
+
+def ends_early(one: Path, here: Path, bound: float) -> None:
+    """By the metric and by the time, of which rank 0 alone takes notice; and what is in the network and the files."""
+    best, last = (load(here / "ends/checkpoints" / f"{name}.pt") for name in ("best", "last"))
+    assert last["counters"]["step"] == 3 > best["counters"]["step"]
+    for rank in results(here.parent, here.name, "ends"):
+        assert (rank["early"], rank["timed"], rank["complete"], rank["stopped"]) == (3, 5, False, 0)
+        for tree in TREES:
+            for name, value in best[tree].items():
+                assert torch.equal(rank["restored"][tree][name], value), f"{tree} {name}"
+            assert any(not torch.equal(value, last[tree][name]) for name, value in best[tree].items())
+    if not here.name.startswith("deepspeed"):
+        rows, others = norms(one), norms(here)
+        assert len(rows) == len(others) == 3 and rows[0].keys() == {"embed", "head", "blocks", "norm"}
+        for row, other in zip(rows, others, strict=True):
+            assert other == pytest.approx(row, rel=bound)
+
+
+def norms(folder: Path) -> list[dict[str, float]]:
+    """Of the modules' gradients, by update."""
+    with open(folder / "ends/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        {k.removeprefix("grad_norm/"): float(v) for k, v in row.items() if k.startswith("grad_norm/")} for row in rows
+    ]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_activation_checkpointing_changes_no_bit(trained, strategy):
     """Three updates with dropout on, without and with the blocks' activations computed again."""
     for ranks in results(trained(strategy).parent, strategy, "recompute"):

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent), str(HERE)]
 
 import pytest
 import torch
 import yaml
-from launches import AVERAGES, results, run_worker
+from launches import AVERAGES, ending, results, run_worker
 from systems import document
 from test_every_strategy import (
     assert_exact_averages,
@@ -29,6 +29,7 @@ from test_every_strategy import (
     assert_same_state,
     checkpoint_of,
     counted,
+    ends_early,
     logged,
 )
 from torch import nn
@@ -83,6 +84,7 @@ def here(trained) -> Path:
         "recompute": {"config": configured(**QUIET, task={"args": {"dropout": 0.3}})},
         "memory": {"config": configured(**QUIET)},
         "averages": {"config": configured(**AVERAGES)},
+        "ends": {"config": ending(configured())},
         "faulty": {"cases": CASES, "config": configured(fabric=SHARDING, clip=CLIP)},
     }
     launch(one.parent, jobs)
@@ -95,6 +97,10 @@ def test_ten_updates_are_those_of_one_process(trained, here):
     assert_same_state(checkpoint_of(one), checkpoint_of(here), BOUND)
     assert_same_log(logged(one), logged(here), BOUND)
     assert counted(one, "single") == counted(here, "fsdp1")
+
+
+def test_all_ranks_end_early_together_with_the_best_weights(trained, here):
+    ends_early(trained("single"), here, 1e-5)
 
 
 def test_continues_what_one_process_saved(trained, here):

@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import sys
+import time
 import weakref
 from collections import Counter
 from dataclasses import asdict
@@ -28,9 +29,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fabric_trainer import Config, checkpoint, fit
+from fabric_trainer import state as state_module
 from fabric_trainer.cli import make_task
 from fabric_trainer.command import load
-from fabric_trainer.config import TaskConfig
+from fabric_trainer.config import EarlyStoppingConfig, TaskConfig
 from fabric_trainer.memory import in_use
 from fabric_trainer.portable import Leaf, local, shared, whole
 from fabric_trainer.power import exponent
@@ -176,6 +178,22 @@ def profile(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
     return found
 
 
+def ends(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
+    """A run that early stopping ends, with what was put back then; and one whose time is up by rank 0's clock, while
+    that of the others stands still."""
+    early = fit(fabric, make_task(config), config, folder / "ends")
+    found = {"early": early.counters.step, "restored": checkpoint.Snapshot().take(early.state_dict())}
+    fabric._models_setup = 0
+    config.early_stopping, config.run.max_time = EarlyStoppingConfig(), "3m"
+    clock = Minutes(fabric.is_global_zero)
+    fabric._callbacks.append(clock)
+    state_module.time = clock  # type: ignore[assignment]
+    timed = fit(fabric, make_task(config), config)
+    state_module.time = time  # type: ignore[attr-defined]
+    fabric._callbacks.remove(clock)
+    return found | {"timed": timed.counters.step, "complete": timed.complete, "stopped": timed.stopped}
+
+
 def sync_after_accumulation(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
     """Whether gradients are exchanged after Fabric's context was entered with enabled=False."""
     state = State(fabric, make_task(config), config)
@@ -267,6 +285,19 @@ class Weights:
         with torch.autograd.profiler.profile(use_kineto=False) as profile:
             self.update(step)
         self.collectives += sum(event.name.startswith("gloo:") for event in profile.function_events or [])
+
+
+class Minutes:
+    """A callback that is a clock, on which an update takes a minute."""
+
+    def __init__(self, runs: bool) -> None:
+        self.runs, self.now = runs, 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def on_update_end(self, state: State, metrics: Any) -> None:
+        self.now += 60.0 * self.runs
 
 
 class Live:
