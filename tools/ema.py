@@ -29,7 +29,9 @@ POOR = 0.05  # relative profile error above which the widths saved are said to b
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.ema", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="such as runs/x, trained with ema.snapshots")
-    parser.add_argument("--width", type=float, required=True, help="relative to the run: 0.1 is its last tenth or so")
+    parser.add_argument(
+        "--width", type=float, required=True, help="relative to the run: 0.1 averages about its last fifth"
+    )
     parser.add_argument("--step", type=int, help="as after this snapshot; by default the last")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.pt", help="the checkpoint to write")
     arguments = parser.parse_args(argv)
