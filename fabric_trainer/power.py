@@ -1,7 +1,7 @@
 """The power-function average of EDM2 (arXiv 2312.02696, section 3): its profile, without any weights.
 
 After t updates the weights of time s < t have the share p(s) = (gamma + 1) s^gamma / t^(gamma + 1). Its *width* is the
-standard deviation of p relative to t: 0.1 has five sixths of the weight on the last fifth of the run, however long that is.
+standard deviation of p relative to t: of 0.1 five sixths of the weight lie on the last fifth, however long the run is.
 """
 
 from __future__ import annotations
