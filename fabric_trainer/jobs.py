@@ -13,7 +13,7 @@ from rich.console import Console
 from fabric_trainer import checkpoint, run, sharded, slurm
 from fabric_trainer.boundary import measure
 from fabric_trainer.command import Command
-from fabric_trainer.config import Config, data_root
+from fabric_trainer.config import Config, EmaConfig, data_root
 from fabric_trainer.duration import spoken
 from fabric_trainer.environment import describe
 from fabric_trainer.errors import FINISHED, TRY_AGAIN, InputError
@@ -150,8 +150,7 @@ def load_state(fabric: Fabric, task: Task, which: str, command: Command, config:
     and a line that says whose they are, and the split."""
     path = _on_rank_zero(fabric, lambda: run.find_checkpoint(which, command, config))
     saved = shared(fabric, lambda: checkpoint.load(path))
-    kept = saved["config"]["ema"] if saved.get("ema") else {}
-    config.ema.decay, config.ema.power = kept.get("decay"), kept.get("power", [])
+    config.ema = EmaConfig(**(saved["config"]["ema"] if saved.get("ema") else {}))
     state = State(fabric, task, config)
     state.load_weights(saved)
     split = state.split(command.split)

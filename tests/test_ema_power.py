@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -206,6 +207,22 @@ def test_the_file_is_a_checkpoint_of_weights(runs, fabric, tmp_path, monkeypatch
     assert cli.main(["--config", "toy.yaml", "--init_from", str(out), "--name", "tuned"]) == 0
     assert cli.main(["--config", "toy.yaml", "--resume", str(out)]) == 2
     assert "there are weights alone in it; --init_from starts with them" in capsys.readouterr().err
+
+
+def test_averages_are_measured_as_the_run_kept_them(tmp_path, monkeypatch, capsys):
+    """Running statistics and further averages too, whatever the command says."""
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(TOY))
+    monkeypatch.chdir(tmp_path)
+    keys = ["--ema.decay", "[0.9, 0.5]", "--ema.power", "[0.1]", "--ema.buffers", "true", "--run.max_steps", "12"]
+    assert cli.main(["--config", "toy.yaml", "--name", "a", "--evaluate.weights", "all", *keys]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    (then,) = json.loads((run / "history.json").read_text())["evaluations"]
+    capsys.readouterr()
+    other = ["--evaluate", "last", "--name", "a", "--evaluate.weights", "all", "--ema.decay", "0.7"]
+    assert cli.main(["--config", "toy.yaml", *other]) == 0
+    now = dict(line.split(" ") for line in capsys.readouterr().out.splitlines() if line.startswith("val"))
+    assert set(now) == {f"val{k}/{m}" for k in ("", "_ema", "_ema_0.5", "_ema_power_0.1") for m in ("loss", "abs")}
+    assert {name: float(value) for name, value in now.items()} == {name: then[name] for name in now}
 
 
 def test_an_earlier_step_is_what_was_tracked_then(runs):
