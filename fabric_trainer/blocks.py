@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache
+from types import MethodType
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +32,26 @@ def recompute_blocks(network: nn.Module, classes: list[str]) -> None:
     """Activation checkpointing (Chen et al., arXiv 1604.06174): the blocks' activations are computed again in the
     backward instead of kept, with the same dropout. Parameter names stay as they are."""
     for block in find_blocks(network, classes, "fabric.activation_checkpointing"):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = MethodType(_recomputed(unbound(block)), block)
+
+
+def unbound(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward as a function of the module and its inputs: the same for all modules of a class, unless a
+    module has a forward of its own."""
+    forward: Any = module.forward
+    if getattr(forward, "__self__", None) is module:
+        return forward.__func__  # type: ignore[no-any-return]
+    return lambda _, *args, **kwargs: forward(*args, **kwargs)
+
+
+@cache
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """One for all modules of a class, so that ``torch.compile`` makes one graph for them."""
+
+    def recomputed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, module, *args, use_reentrant=False, **kwargs)
+
+    return recomputed
 
 
 def _by_size(inner_first: list[nn.Module], least: int) -> list[nn.Module]:

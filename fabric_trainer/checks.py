@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from fabric_trainer.config import Config, EmaConfig
+from fabric_trainer.config import CompileConfig, Config, EmaConfig
 from fabric_trainer.duration import seconds
 from fabric_trainer.errors import InputError
 from fabric_trainer.every import Every
@@ -81,6 +81,7 @@ def check(config: Config) -> None:
     blocks = config.fabric.fsdp.blocks
     if blocks == [] or (isinstance(blocks, int) and blocks < 1):
         raise InputError(f"fabric.fsdp.blocks must be class names, a number above 0 or null, not {blocks}")
+    _check_compile(config.compile)
     for section, value in (("evaluate.every", config.evaluate.every), ("checkpoint.every", config.checkpoint.every)):
         _interval(section, value)
     for section, interval in (
@@ -195,6 +196,15 @@ def _check_control(config: Config) -> None:
         raise InputError("early_stopping.patience needs a metric: set early_stopping.monitor or checkpoint.monitor")
     if stopping.restore_best and (checkpoint.monitor is None or checkpoint.top_k < 1):
         raise InputError("early_stopping.restore_best needs best.pt: set checkpoint.monitor, checkpoint.top_k above 0")
+
+
+def _check_compile(config: CompileConfig) -> None:
+    if config.blocks is not None and (config.scope != "blocks" or not config.blocks):
+        raise InputError(
+            f"compile.blocks: {config.blocks} are the class names for compile.scope blocks, or leave it out"
+        )
+    if config.mode != "default" and config.backend != "inductor":
+        raise InputError(f"compile.mode: {config.mode} is for compile.backend inductor, not for {config.backend}")
 
 
 def _at_least(key: str, value: float, least: int) -> None:

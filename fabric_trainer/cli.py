@@ -19,6 +19,7 @@ from fabric_trainer.errors import (
     SMALLER,
     BadGradientError,
     CheckpointError,
+    CompileError,
     InputError,
     OutOfMemoryRestart,
 )
@@ -29,7 +30,13 @@ if TYPE_CHECKING:
     from fabric_trainer.task import Task
 
 # errors of one line
-CODES = {InputError: INPUT, BadGradientError: FAILED, CheckpointError: FAILED, OutOfMemoryRestart: SMALLER}
+CODES = {
+    InputError: INPUT,
+    BadGradientError: FAILED,
+    CheckpointError: FAILED,
+    CompileError: FAILED,
+    OutOfMemoryRestart: SMALLER,
+}
 
 
 def main(argv: Sequence[str]) -> int:

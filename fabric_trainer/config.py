@@ -262,6 +262,26 @@ class FreezeConfig:
 
 
 @dataclass
+class CompileConfig:
+    """torch.compile; where a compiler fails the run goes on in eager."""
+
+    scope: Literal["none", "whole", "blocks"] = "none"
+    """whole: the network's forward as one; blocks: each repeated part, which is soon compiled and shared by all."""
+    blocks: list[str] | None = None
+    """scope blocks: their class names; else the blocks that the task names."""
+    backend: str = "inductor"
+    """A name that torch knows, such as inductor or aot_eager."""
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """inductor's: reduce-overhead uses CUDA graphs, max-autotune also measures kernels."""
+    dynamic: bool | None = None
+    """true: one graph for all shapes; false: one a shape; else a second shape makes it dynamic."""
+    fullgraph: bool = False
+    """A forward that breaks into several graphs is a failure."""
+    require: bool = False
+    """A failure ends the run with an error."""
+
+
+@dataclass
 class FaultsConfig:
     """What to do about a gradient that is not finite, and about a full device."""
 
@@ -499,6 +519,7 @@ class Config:
     clip: ClipConfig = field(default_factory=ClipConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     fabric: FabricConfig = field(default_factory=FabricConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from fabric_trainer import portable
 from fabric_trainer.blocks import find_blocks, recompute_blocks
 from fabric_trainer.clip import clip_gradients, part_norms
+from fabric_trainer.compile import Compilation
 from fabric_trainer.config import Config
 from fabric_trainer.ddp import UnsyncedDDP
 from fabric_trainer.faults import Guard
@@ -37,10 +38,11 @@ class Engine:
         module: nn.Module,
         config: Config,
         freezer: Freezer,
+        compilation: Compilation,
         accumulate: Accumulate = 1,
     ) -> None:
         self.fabric, self.module, self.config = fabric, module, config
-        self.freezer, self.accumulate = freezer, accumulate
+        self.freezer, self.compilation, self.accumulate = freezer, compilation, accumulate
         freezer.apply(module)
         self.prepare(task)
         self.set_up()
@@ -52,9 +54,11 @@ class Engine:
     def prepare(self, task: Task) -> None:
         """What has to happen to the network before a strategy wraps it."""
         fabric, options = self.fabric, self.config.fabric
-        recompute_blocks(self.module, options.activation_checkpointing)
         if options.ddp.sync_batchnorm and isinstance(fabric.strategy, DDPStrategy):
             self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
+        # from the inside out: checkpointing, compiled with the forward it recomputes, and around both the strategy
+        recompute_blocks(self.module, options.activation_checkpointing)
+        self.compilation.compile(task, self.module)
         if isinstance(fabric.strategy, (ModelParallelStrategy, FSDPStrategy)):
             wanted, key = options.fsdp.blocks, "fabric.fsdp.blocks"
             blocks = task.blocks(self.module) if wanted is None else find_blocks(self.module, wanted, key)
@@ -170,11 +174,17 @@ class Engine:
 
 
 def make_engine(
-    fabric: Fabric, task: Task, module: nn.Module, config: Config, freezer: Freezer, accumulate: Accumulate
+    fabric: Fabric,
+    task: Task,
+    module: nn.Module,
+    config: Config,
+    freezer: Freezer,
+    compilation: Compilation,
+    accumulate: Accumulate,
 ) -> Engine:
     kind = Engine
     if isinstance(fabric.strategy, DeepSpeedStrategy):
         from fabric_trainer.zero import ZeroEngine as kind  # needs the package deepspeed
     elif isinstance(fabric.strategy, FSDPStrategy):
         from fabric_trainer.fsdp1 import Fsdp1Engine as kind  # a kind of Engine
-    return kind(fabric, task, module, config, freezer, accumulate)
+    return kind(fabric, task, module, config, freezer, compilation, accumulate)

@@ -18,5 +18,9 @@ class BadGradientError(RuntimeError):
     """A gradient was not finite, and the policy or its budget says stop."""
 
 
+class CompileError(RuntimeError):
+    """A compiler failed, and ``compile.require`` forbids to go on without."""
+
+
 class OutOfMemoryRestart(RuntimeError):
     """Out of memory where the job has to begin again, with smaller micro-batches. The process ends with code 76."""

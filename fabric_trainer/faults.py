@@ -31,6 +31,7 @@ class Agreement(NamedTuple):
     stop: int = 0  # or the exit code with which to leave after this update
     minutes: float = 0.0  # of training, by rank 0's clock
     halvings: int = 0  # of the micro-batch, so far, on the rank that needed most
+    uncompiled: bool = False  # a rank's compiler has failed
 
 
 class Agree(AbstractContextManager["Agree"]):
@@ -46,17 +47,20 @@ class Agree(AbstractContextManager["Agree"]):
         if fabric.world_size > 1:
             self.group = torch.distributed.new_group(backend="gloo")  # type: ignore[assignment]
         self._own = Agreement()
-        self._numbers = torch.zeros(4 + MOST_HALVINGS, dtype=torch.float64)
+        self._numbers = torch.zeros(5 + MOST_HALVINGS, dtype=torch.float64)
         self._work: Any = None
 
-    def ask(self, weight: float, stop: int = 0, minutes: float = 0.0, halvings: int = 0) -> None:
+    def ask(
+        self, weight: float, stop: int = 0, minutes: float = 0.0, halvings: int = 0, uncompiled: bool = False
+    ) -> None:
         """Send this rank's part; the weight of the window that comes next."""
-        self._own = Agreement(weight, stop, minutes, halvings)
+        self._own = Agreement(weight, stop, minutes, halvings, uncompiled)
         if self.group is None:
             return
         own, clock = weight if self.speaks else 0.0, minutes if self.is_zero else 0.0
         most = [halvings == count for count in range(1, MOST_HALVINGS + 1)]  # the largest, by a sum
-        self._numbers = torch.tensor([own, stop == INTERRUPTED, stop == TRY_AGAIN, clock, *most], dtype=torch.float64)
+        numbers = [own, stop == INTERRUPTED, stop == TRY_AGAIN, clock, uncompiled, *most]
+        self._numbers = torch.tensor(numbers, dtype=torch.float64)
         self._work = torch.distributed.all_reduce(self._numbers, group=self.group, async_op=True)
 
     def answer(self, stop: int = 0) -> Agreement:
@@ -64,9 +68,10 @@ class Agree(AbstractContextManager["Agree"]):
         if self.group is None:
             return self._own._replace(stop=stop) if stop else self._own
         self._work.wait()
-        weight, interrupted, try_again, minutes, *counts = self._numbers.tolist()
+        weight, interrupted, try_again, minutes, uncompiled, *counts = self._numbers.tolist()
         halvings = max((count for count, ranks in enumerate(counts, 1) if ranks), default=0)
-        return Agreement(weight, INTERRUPTED if interrupted else TRY_AGAIN if try_again else 0, minutes, halvings)
+        stop = INTERRUPTED if interrupted else TRY_AGAIN if try_again else 0
+        return Agreement(weight, stop, minutes, halvings, uncompiled > 0)
 
     def __call__(self, weight: float) -> Agreement:
         """Ask and wait: for loops that prepare nothing ahead."""

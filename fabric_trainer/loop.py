@@ -42,7 +42,7 @@ def fit(
     CheckpointError where saving fails; an exception of the task's goes through.
     """
     state = state or State(fabric, task, config, saved)
-    counters, memory, device = state.counters, state.memory, fabric.device
+    counters, memory, compilation, device = state.counters, state.memory, state.compilation, fabric.device
     memory.folder = folder
     with (
         _frozen_collector(),
@@ -68,7 +68,7 @@ def fit(
         while not state.finished and not state.stopped:
             # the micro-batches of one update, and what all ranks know of it
             with profiler("agree"):
-                weight, state.stopped, minutes, memory.halvings = agree.answer(signals.stop)
+                weight, state.stopped, minutes, memory.halvings, compilation.failed = agree.answer(signals.stop)
             profiler.next_update()
             update = Update(window, weight)
 
@@ -79,7 +79,7 @@ def fit(
             # the next one's, prepared and agreed on while the device is busy with these
             with profiler("data"):
                 window = next(stream, EMPTY)
-            agree.ask(window.weight, signals.stop, state.tick(), memory.halvings)
+            agree.ask(window.weight, signals.stop, state.tick(), memory.halvings, bool(compilation.failure))
 
             if weight > 0:
                 # one step; what became of the one before is known by now, so the step counter is exact
@@ -107,18 +107,23 @@ def fit(
 
 
 def compute_gradients(state: State, record: Record, update: Update) -> None:
-    """The gradient of the mean over the window, in smaller pieces where the micro-batches don't fit."""
+    """The gradient of the mean over the window, in smaller pieces where the micro-batches don't fit, in eager where a
+    compiler fails."""
+    memory, compilation = state.memory, state.compilation
+    compilation.begin(record.print)
     while not update.complete:
         try:
             backward(state, update)
         except RuntimeError as error:
-            state.memory.ran_out(error)
-        if not update.complete:  # out of memory: forget this attempt, whose tensors went with the error
+            memory.ran_out(error)
+            record.tell(f"window {update.window.span.window}: out of memory, now {memory.rows} rows a forward")
+        else:
+            update.complete = compilation.holds(record.print)
+        if not update.complete:  # forget this attempt, whose tensors went with the error
             update.sums.clear()
             state.engine.drop_gradients()
             state.guard.undo_forward()
-            state.memory.release()
-            record.tell(f"window {update.window.span.window}: out of memory, now {state.memory.rows} rows a forward")
+            memory.release()
     state.engine.reduce_gradients()
 
 
@@ -134,7 +139,6 @@ def backward(state: State, update: Update) -> None:
             with state.profiler("backward"):
                 fabric.backward(loss.total / (update.weight / ranks.size), model=network)
         update.add(loss)
-    update.complete = True
 
 
 def settle(state: State, record: Record) -> None:

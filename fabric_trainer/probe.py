@@ -99,7 +99,7 @@ def _untouched(state: State) -> Iterator[None]:
     modes = [(m, m.training) for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     flags = dict(module.named_parameters())
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), state.compilation.paused():
             for name in state.freezer.names:
                 flags[name].requires_grad_(True)
             for norm, _ in modes:

@@ -21,6 +21,7 @@ from fabric_trainer import portable, schedule
 from fabric_trainer.batch import rescaled, resolve_accumulate
 from fabric_trainer.checkpoint import Snapshot, take_part
 from fabric_trainer.checks import check
+from fabric_trainer.compile import Compilation
 from fabric_trainer.config import Config, EmaConfig, FsdpConfig
 from fabric_trainer.duration import seconds, spoken
 from fabric_trainer.early_stopping import EarlyStopping
@@ -115,6 +116,7 @@ class State:
             self.freezer.load_state_dict(saved["states"].get("freeze"), saved["counters"]["step"])
         self.freezer.apply(network)
         self.modules = module_table(network)  # now: a strategy may leave this rank's pieces in it
+        self.compilation = Compilation(fabric, config)
         self._set_up(network)
         oom = config.faults.oom
         answer = ("split" if fabric.world_size == 1 else "restart") if oom == "auto" else oom
@@ -133,7 +135,7 @@ class State:
     def _set_up(self, network: nn.Module) -> None:
         """What holds the network's tensors."""
         config = self.config
-        engine = make_engine(self.fabric, self.task, network, config, self.freezer, self.accumulate)
+        engine = make_engine(self.fabric, self.task, network, config, self.freezer, self.compilation, self.accumulate)
         self.engine, self.guard = engine, engine.make_guard()
         self.peaks = [group["lr"] for group in engine.bare_optimizer.param_groups]
         self.ema = make_ema(engine, config.ema) if config.ema.kept else None
@@ -270,6 +272,7 @@ class State:
             ),
             "device": f"{fabric.device}, strategy {config.fabric.strategy}, precision {precision}",
             **({"freezing": self.freezer.describe()} if self.freezer.parts else {}),
+            "compile": self.compilation.describe(),
             "out of memory": self.memory.answer,
             "threads": str(torch.get_num_threads()),
             "seed": str(config.seed),
@@ -317,6 +320,7 @@ class State:
                 "history": self.history.state_dict(),
                 "owes_evaluation": self.owes_evaluation,
                 "ema": dict(self.ema.starts) if self.ema else {},
+                "compile": self.compilation.state_dict(),
             },
             "config": asdict(self.config),
         }
@@ -338,6 +342,7 @@ class State:
         self.epoch = EpochSums(**states["epoch"])
         self.history.load_state_dict(states["history"])
         self.owes_evaluation = states["owes_evaluation"]
+        self.compilation.load_state_dict(states.get("compile", {}))
 
     def load_tensors(self, saved: dict[str, Any]) -> list[str]:
         """Weights, averages and moments; all ranks together. Returns the averages that start at the weights."""

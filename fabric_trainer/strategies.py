@@ -36,7 +36,7 @@ class Row:
     clip_p: bool = True
     ema: bool = True
     freezing: str = "at any time"
-    compile: str = "not yet"
+    compile: str = "whole, blocks"
     full_save: bool = True
     sharded_save: bool = False
     cpu: bool = True
@@ -79,6 +79,7 @@ TABLE = {
         clip_value=False,
         clip_p=False,
         freezing="at any time: the engine is made anew",
+        compile="ZeRO-1: whole, blocks",
         cpu=False,
     ),
 }
@@ -204,6 +205,16 @@ def check_strategy(config: Config, resolved: Resolved) -> None:
             name == "deepspeed" and resolved.stage == 3 and config.freeze.strategy in ("gradient_guided", "advanced"),
             f"freeze.strategy: {config.freeze.strategy} measures gradients of frozen weights, which ZeRO-3 keeps in "
             "pieces; fabric.stage may be 1 or 2",
+        ),
+        (
+            size > 1 and config.compile.scope != "none" and bool(fabric.activation_checkpointing),
+            "fabric.activation_checkpointing: torch compiles no block that is both recomputed and split over ranks; "
+            "leave it out, or compile.scope none",
+        ),
+        (
+            name == "deepspeed" and config.compile.scope != "none" and resolved.stage != 1,
+            f"compile.scope: deepspeed compiles under fabric.stage 1, not {resolved.stage}, which reduces gradients in "
+            "the order in which they come; or fabric.strategy fsdp",
         ),
         (
             name == "deepspeed" and fabric.deepspeed.offload_parameters and resolved.stage != 3,

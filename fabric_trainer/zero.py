@@ -169,7 +169,12 @@ class ZeroEngine(Engine):
         return torch.full((), math.nan, device=self.fabric.device)
 
     def drop_gradients(self) -> None:
-        """The engine has, in its step."""
+        """After an update the engine has, in its step; here those of an attempt that doesn't count, under stage 1."""
+        if self.deepspeed.zero_optimization_stage() == 1:
+            self.zero.zero_grad(set_to_none=True)
+            self.zero.micro_step_id = -1  # before the first
+            for gradients in (self.zero.averaged_gradients, self.zero.all_grad_tensors):
+                gradients.update(dict.fromkeys(gradients))
 
     # ---- state --------------------------------------------------------------------------------------------------
 

@@ -254,6 +254,13 @@ REFUSED = {
         {},
         ("stage 3", "2"),
     ),
+    "compile.scope": (("deepspeed",), {"compile__scope": "whole"}, {"stage": 2}, ("stage 1, not 2", "fsdp")),
+    "fabric.activation_checkpointing": (
+        ("tensor_parallel", "fsdp"),
+        {"compile__scope": "blocks", "fabric__activation_checkpointing": ["Block"]},
+        {"tensor_parallel_size": 2},
+        ("compile.scope none",),
+    ),
     "fabric.ddp.sync_batchnorm": (("ddp",), {"fabric__ddp__sync_batchnorm": True}, {"accelerator": "cpu"}, ("GPU",)),
     "fabric.fsdp.cpu_offload": (("fsdp",), {"fabric__fsdp__cpu_offload": True}, {"accelerator": "cpu"}, ("host",)),
     "fabric.fsdp.meta_init": (
@@ -289,6 +296,8 @@ def test_what_the_others_can_do():
         check_strategy(configured(faults__oom="restart"), resolved(strategy))
     for strategy in ("fsdp", "tensor_parallel"):
         check_strategy(configured(checkpoint__sharded=True), resolved(strategy, accelerator="cpu"))
+    for strategy in TABLE:
+        check_strategy(configured(compile__scope="whole"), resolved(strategy, stage=1))
     config = configured(fabric__deepspeed__offload_parameters=True)
     check_strategy(config, resolved("deepspeed", stage=3))
     check_strategy(config, resolved("fsdp"))

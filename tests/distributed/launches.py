@@ -22,6 +22,16 @@ AVERAGES: dict[str, Any] = {  # six updates whose averages are followed
     "checkpoint": {"every": "100 steps"},
 }
 HERE = Path(__file__).resolve().parent
+COMPILING = ("ddp", "fsdp")
+COMPILED: dict[str, dict[str, Any]] = {  # the section ``compile``; systems.py has the backends
+    "eager": {},
+    "whole": {"scope": "whole", "backend": "counted"},
+    "recomputed": {"scope": "blocks", "backend": "counted", "recomputed": ["Residual"]},
+    "forward": {"scope": "blocks", "backend": "fails_on_1"},
+    "backward": {"scope": "whole", "backend": "fails_backward_on_1"},
+    "later": {"scope": "blocks", "backend": "fails_later_on_1", "dynamic": False},
+    "required": {"scope": "blocks", "backend": "fails_on_1", "require": True},
+}
 
 
 def run_worker(
@@ -86,6 +96,8 @@ def prepare(folder: Path) -> Callable[[str], Path]:
             if strategy != "deepspeed3":  # which can't
                 fixed = document(strategy, freeze={"strategy": "fixed"}, run={"max_steps": 1}, **steady)
                 jobs["probing"] = {"config": fixed}
+            if strategy in COMPILING:
+                jobs["compiled"] = compiled(strategy)
             if strategy == "fsdp":
                 jobs["sync_after_accumulation"] = {}
             if strategy == "ddp":
@@ -99,3 +111,14 @@ def prepare(folder: Path) -> Callable[[str], Path]:
         return folder / strategy
 
     return launch
+
+
+def compiled(strategy: str, **sections: Any) -> dict[str, Any]:
+    """The job of that name: five updates with dropout on, the fourth of one row."""
+    few = {
+        "task": {"args": {"dropout": 0.3}},
+        "schedule": {"warmup": 0},
+        "run": {"max_steps": 5, "log_every_n_steps": 100},
+        "evaluate": {"every": "100 steps"},
+    }
+    return {"config": document(strategy, **few, **sections), "cases": COMPILED}

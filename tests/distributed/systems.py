@@ -9,7 +9,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.registry import register_backend
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from toys import Points
 
@@ -196,3 +199,30 @@ class OutOfMemoryInBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("out of memory, as injected")
+
+
+graphs: list[torch.fx.GraphModule] = []  # what the backends below were asked for
+
+
+def _counted(forward: int = 10**6, backward: int = 10**6) -> Any:
+    """A backend of autograd's graphs as they are; on rank 1 its compilers fail at their such-and-such graph."""
+
+    def compiler(most: int) -> Any:
+        made: list[Any] = []
+
+        def compile_(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+            graphs.append(graph)
+            made.append(graph)
+            if len(made) >= most and torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
+                raise OSError("no such instruction")
+            return make_boxed_func(graph.forward)
+
+        return compile_
+
+    return aot_autograd(fw_compiler=compiler(forward), bw_compiler=compiler(backward))
+
+
+register_backend(compiler_fn=_counted(), name="counted")
+register_backend(compiler_fn=_counted(forward=1), name="fails_on_1")
+register_backend(compiler_fn=_counted(backward=1), name="fails_backward_on_1")
+register_backend(compiler_fn=_counted(forward=2), name="fails_later_on_1")

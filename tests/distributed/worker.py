@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent), str(HERE)]
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import systems
 import torch
 import yaml
 from lightning.fabric import Fabric
@@ -32,11 +33,13 @@ from fabric_trainer import Config, checkpoint, fit
 from fabric_trainer import state as state_module
 from fabric_trainer.cli import make_task
 from fabric_trainer.command import load
-from fabric_trainer.config import EarlyStoppingConfig, TaskConfig
+from fabric_trainer.config import CompileConfig, EarlyStoppingConfig, TaskConfig
+from fabric_trainer.errors import CompileError
 from fabric_trainer.memory import in_use
 from fabric_trainer.portable import Leaf, local, shared, whole
 from fabric_trainer.power import exponent
 from fabric_trainer.probe import probe
+from fabric_trainer.progress import Progress
 from fabric_trainer.sharded_save import save_shards
 from fabric_trainer.state import State
 from fabric_trainer.strategies import make_fabric
@@ -131,6 +134,28 @@ def recompute(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
         state = fit(fabric, make_task(config), config)
         weights[len(blocks)] = {name: whole(leaf).clone() for name, leaf in state.engine.weights().items()}
     return weights
+
+
+def compiled(fabric: Fabric, config: Config, folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A run for each case of the section ``compile``: the weights it ends with, this rank's graphs and lines."""
+    found, lines = {}, list[str]()
+    Progress.print = lambda self, line: lines.append(line)  # type: ignore[method-assign]
+    for name, keys in cases.items():
+        fabric._models_setup = 0
+        torch.compiler.reset()
+        systems.graphs.clear()
+        lines.clear()
+        config.fabric.activation_checkpointing = keys.pop("recomputed", [])
+        config.compile = CompileConfig(**keys)
+        try:
+            state = fit(fabric, make_task(config), config)
+        except CompileError as error:
+            found[name] = {"error": str(error)}
+            continue
+        weights = {name: whole(leaf).clone() for name, leaf in state.engine.weights().items()}
+        said = [line for line in lines if line.startswith("compile")]
+        found[name] = {"weights": weights, "graphs": len(systems.graphs), "said": said}
+    return found
 
 
 def memory(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
