@@ -11,7 +11,7 @@ from typing import Any
 
 from fabric_trainer.checkpoint import Checkpoints, check_finite, linked, load, take_part
 from fabric_trainer.errors import InputError
-from fabric_trainer.evaluate import evaluate
+from fabric_trainer.evaluate import measure
 from fabric_trainer.every import Clock, Every
 from fabric_trainer.memory import in_use
 from fabric_trainer.order import Span
@@ -298,25 +298,3 @@ class Boundary(AbstractContextManager["Boundary"]):
             if kind is None:
                 raise
             self.record.print(str(error))  # beside the exception that is on its way already
-
-
-def measure(state: State, split: str) -> dict[str, float]:
-    """``<split>/<metric>`` of the raw weights, ``<split>_ema/<metric>`` of the main average and
-    ``<split>_ema_<label>/<metric>`` of the others, as configured."""
-    wanted, averaged = state.config.evaluate.weights, state.ema
-    metrics: dict[str, float] = {}
-    if averaged is None or wanted != "ema":
-        metrics |= _measured(state, split, split)
-    if averaged is not None and wanted != "raw":
-        with averaged.applied():
-            metrics |= _measured(state, split, f"{split}_ema")
-        for label in averaged.further if wanted == "all" else []:
-            with averaged.applied(label):
-                metrics |= _measured(state, split, f"{split}_ema_{label}")
-    return metrics
-
-
-def _measured(state: State, split: str, prefix: str) -> dict[str, float]:
-    figures = evaluate(state.fabric, state.task, state.network, state.split(split))
-    state.engine.refresh()
-    return {f"{prefix}/{name}": value for name, value in figures.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric import Fabric
@@ -17,6 +17,9 @@ from fabric_trainer.random import mixed, seed_torch
 from fabric_trainer.ranks import Ranks, data_parallel
 from fabric_trainer.task import Task
 from fabric_trainer.window import MicroBatches, loader, to_device
+
+if TYPE_CHECKING:
+    from fabric_trainer.state import State
 
 _EVALUATION = 0x6576616C  # keeps evaluation's random numbers apart from training's
 
@@ -72,6 +75,28 @@ def evaluate(fabric: Fabric, task: Task, network: nn.Module, split: Split) -> di
                 sums[name] = sums[name] + value if name in sums else value
     figures = task.figures(_over_ranks(split.ranks, sums))
     return figures | {name: float(meter.compute()) for name, meter in meters.items()}
+
+
+def measure(state: State, split: str) -> dict[str, float]:
+    """``<split>/<metric>`` of the raw weights, ``<split>_ema/<metric>`` of the main average and
+    ``<split>_ema_<label>/<metric>`` of the others, as configured."""
+    wanted, averaged = state.config.evaluate.weights, state.ema
+    metrics: dict[str, float] = {}
+    if averaged is None or wanted != "ema":
+        metrics |= _measured(state, split, split)
+    if averaged is not None and wanted != "raw":
+        with averaged.applied():
+            metrics |= _measured(state, split, f"{split}_ema")
+        for label in averaged.further if wanted == "all" else []:
+            with averaged.applied(label):
+                metrics |= _measured(state, split, f"{split}_ema_{label}")
+    return metrics
+
+
+def _measured(state: State, split: str, prefix: str) -> dict[str, float]:
+    figures = evaluate(state.fabric, state.task, state.network, state.split(split))
+    state.engine.refresh()
+    return {f"{prefix}/{name}": value for name, value in figures.items()}
 
 
 @contextmanager

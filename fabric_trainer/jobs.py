@@ -11,12 +11,12 @@ from lightning.fabric import Fabric
 from rich.console import Console
 
 from fabric_trainer import checkpoint, run, sharded, slurm
-from fabric_trainer.boundary import measure
 from fabric_trainer.command import Command
 from fabric_trainer.config import Config, EmaConfig, data_root
 from fabric_trainer.duration import spoken
 from fabric_trainer.environment import describe
 from fabric_trainer.errors import FINISHED, TRY_AGAIN, InputError
+from fabric_trainer.evaluate import measure
 from fabric_trainer.faults import StopSignals
 from fabric_trainer.loop import fit
 from fabric_trainer.memory import remembered
@@ -161,7 +161,7 @@ def load_state(fabric: Fabric, task: Task, which: str, command: Command, config:
 def fast_dev_run(fabric: Fabric, task: Task, config: Config) -> int:
     """One update and one evaluation batch; leaves nothing behind."""
     config.run.max_steps, config.run.limit_val_batches, config.schedule.warmup = 1, 1, 0
-    config.early_stopping.restore_best = False
+    config.early_stopping.restore_best = config.freeze.advanced.restore_weights = False  # there are no files
     state = State(fabric, task, config)
     explain(state, None)
     fit(fabric, task, config, state=state)
