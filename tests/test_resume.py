@@ -76,6 +76,9 @@ def test_a_stop_after_every_update_of_an_epoch(fabric, tmp_path, stop_at):
     changes = {
         "batch.accumulate": 2,
         "ema.decay": 0.9,
+        "ema.power": [0.1],
+        "ema.buffers": True,
+        "ema.snapshots": "4 steps",
         "optim.name": "sgd",
         "optim.args": {"momentum": 0.9},
         "schedule.name": "plateau",

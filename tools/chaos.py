@@ -2,10 +2,10 @@
 
 python -m tools.chaos --kills 100
 
-The run has what makes a resume hard: dropout, BatchNorm, shuffling, per-sample augmentation, EMA, clipping, a ragged
-accumulation, momentum, a plateau schedule and two loader workers. It saves every other update, so that many kills
-fall into a save. Each attempt is a process of its own, forked from one that has the libraries loaded, and dies by
-SIGKILL.
+The run has what makes a resume hard: dropout, BatchNorm, shuffling, per-sample augmentation, several averages of
+weights and statistics, clipping, a ragged accumulation, momentum, a plateau schedule and two loader workers. It saves
+every other update, and a snapshot of its averages every third, so that many kills fall into a save. Each attempt is a
+process of its own, forked from one that has the libraries loaded, and dies by SIGKILL.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import yaml
 from torch import Tensor, nn
 
 from fabric_trainer import Batch, Loss, Task
-from fabric_trainer.checkpoint import load, read_index
+from fabric_trainer.checkpoint import load, read, read_index
 from fabric_trainer.cli import main as train
 
 TIMES = {"seconds", "samples_per_second", "memory/peak", "memory/host"}  # the columns that two runs may differ in
@@ -42,7 +42,7 @@ CONFIG: dict[str, Any] = {
     "optim": {"name": "sgd", "lr": 0.02, "weight_decay": 1e-4, "args": {"momentum": 0.9}},
     "schedule": {"name": "plateau", "factor": 0.5, "patience": 0, "threshold": 0.02},
     "clip": {"norm": 1.0},
-    "ema": {"decay": 0.9},
+    "ema": {"decay": [0.9, 0.5], "power": [0.1], "buffers": True, "snapshots": "3 steps"},
     "run": {"max_epochs": 4, "log_every_n_steps": 5},
     "evaluate": {"every": "0.5 epochs"},
     "checkpoint": {"every": "2 steps", "monitor": "val/loss", "keep_last": 3},
@@ -144,7 +144,10 @@ def outcome(folder: Path) -> dict[str, Any]:
     for evaluation in history["evaluations"]:
         del evaluation["seconds"]
     best = {name: entry["metrics"] for name, entry in read_index(folder / "checkpoints").items()}
-    return {"checkpoint": saved, "metrics.csv": rows, "history": history, "kept": best}
+    snapshots = {path.name: read(path) for path in (folder / "ema").glob("step-*.pt")}
+    for snapshot in snapshots.values():
+        del snapshot["counters"]["seconds"], snapshot["config"]
+    return {"checkpoint": saved, "metrics.csv": rows, "history": history, "kept": best, "snapshots": snapshots}
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
