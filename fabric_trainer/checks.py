@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from fabric_trainer.config import CompileConfig, Config, EmaConfig
+from fabric_trainer.config import BatchConfig, CompileConfig, Config, EmaConfig
 from fabric_trainer.duration import seconds
 from fabric_trainer.errors import InputError
 from fabric_trainer.every import Every
@@ -48,7 +48,7 @@ WIDEST = 12**-0.5  # relative width of an average that weighs all updates alike
 
 def check(config: Config) -> None:
     """Raise InputError for values that no run can have."""
-    _at_least("batch.micro_batch_size", config.batch.micro_batch_size, 1)
+    _batch(config.batch)
     _at_least("run.log_every_n_steps", config.run.log_every_n_steps, 1)
     _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
     _at_least("data.num_workers", config.data.num_workers, 0)
@@ -62,6 +62,8 @@ def check(config: Config) -> None:
     _at_least("profiler.wait", config.profiler.wait, 0)
     _at_least("profiler.warmup", config.profiler.warmup, 0)
     _at_least("profiler.updates", config.profiler.updates, 1)
+    _at_least("tune.updates", config.tune.updates, 20)
+    _at_least("tune.max_batch_size", config.tune.max_batch_size, 1)
     for key, length in (
         ("run.max_epochs", config.run.max_epochs),
         ("run.max_steps", config.run.max_steps),
@@ -76,6 +78,11 @@ def check(config: Config) -> None:
     for key, limit in (("norm", config.clip.norm), ("value", config.clip.value), ("p", config.clip.p)):
         if limit is not None and not limit > 0:
             raise InputError(f"clip.{key} must be above 0, not {limit}")
+    tune = config.tune
+    if not 0 < tune.min_lr < tune.max_lr < math.inf:
+        raise InputError(f"tune.min_lr must be above 0 and below tune.max_lr, not {tune.min_lr} and {tune.max_lr}")
+    if not 0 <= tune.smoothing < 1:
+        raise InputError(f"tune.smoothing must be at least 0 and below 1, not {tune.smoothing}")
     if not 0 < config.fabric.timeout <= YEAR:
         raise InputError(f"fabric.timeout must be above 0 minutes and at most {YEAR}, not {config.fabric.timeout}")
     blocks = config.fabric.fsdp.blocks
@@ -205,6 +212,13 @@ def _check_compile(config: CompileConfig) -> None:
         )
     if config.mode != "default" and config.backend != "inductor":
         raise InputError(f"compile.mode: {config.mode} is for compile.backend inductor, not for {config.backend}")
+
+
+def _batch(batch: BatchConfig) -> None:
+    if batch.micro_batch_size != "auto":
+        _at_least("batch.micro_batch_size", batch.micro_batch_size, 1)
+    elif batch.global_batch_size is None:
+        raise InputError("batch.micro_batch_size: auto needs batch.global_batch_size, which says how much an update is")
 
 
 def _at_least(key: str, value: float, least: int) -> None:

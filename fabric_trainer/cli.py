@@ -103,15 +103,18 @@ def _code(error: BaseException) -> int:
 def dry_run(config: Config) -> int:
     """Check the configuration without touching a device or a file; list what this machine lacks for a real run."""
     from fabric_trainer import strategies
-    from fabric_trainer.batch import resolve_accumulate
+    from fabric_trainer.batch import resolve_accumulate, sizes
     from fabric_trainer.optim import optimizer_class
 
     task = make_task(config)
     _callbacks(config)
     optimizer_class(config.optim.name)
     problems = strategies.problems(config) + task.missing(data_root(config))
-    resolve_accumulate(config.batch, strategies.count_devices(config.fabric))
+    ranks, auto = strategies.count_devices(config.fabric), config.batch.micro_batch_size == "auto"
+    sizes(config.batch, ranks) if auto else resolve_accumulate(config.batch, ranks)
     print("the configuration is valid")
+    if auto:
+        print("batch.micro_batch_size auto: found at the start of the run")
     if problems:
         print("would stop a real run:", *problems, sep="\n  ")
     return FINISHED

@@ -19,6 +19,7 @@ from fabric_trainer.config import DEFAULT_CONFIG, Config
 from fabric_trainer.errors import InputError
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+SUFFIXES = {"lr": (".png", ".svg", ".pdf"), "batch_size": (".json",)}  # of what --tune writes
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Command:
     fast_dev_run: bool = False
     predict: str | None = None
     out: str | None = None
+    tune: str | None = None
     strategies: bool = False
     given: frozenset[str] = frozenset()  # configuration keys set on the command line itself
 
@@ -103,7 +105,8 @@ def _command_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="delete the run of that name first")
     add("--evaluate", metavar="PATH|best|last", help="measure a checkpoint instead of training")
     add("--predict", metavar="PATH|best|last", help="write a checkpoint's predictions to --out instead of training")
-    add("--out", metavar="FILE", help="with --predict: where to")
+    add("--tune", metavar="lr|batch_size", help="find the learning rate, or the largest micro-batch, and train nothing")
+    add("--out", metavar="FILE", help="with --predict and --tune: where to")
     add("--split", metavar="NAME", help="with --evaluate and --predict: which split (default: val)")
     add("--dry_run", action="store_true", help="check everything, write nothing")
     add("--fast_dev_run", action="store_true", help="one update, one evaluation batch, no run folder")
@@ -114,10 +117,23 @@ def _command_parser() -> argparse.ArgumentParser:
 def _check_command(command: Command) -> None:
     if command.predict and not command.out:
         raise InputError(f"--predict {command.predict} needs --out FILE, where the predictions go")
-    if command.out and not command.predict:
-        raise InputError(f"--out {command.out} is for the predictions of --predict PATH|best|last, which is not given")
+    if command.out and not command.predict and not command.tune:
+        raise InputError(f"--out {command.out} is for --predict PATH|best|last or --tune, which are not given")
     if command.predict and command.evaluate:
         raise InputError("--predict and --evaluate are both given: one at a time")
+    if command.tune:
+        _check_tune(command)
+
+
+def _check_tune(command: Command) -> None:
+    if command.tune not in SUFFIXES:
+        raise InputError(f"--tune must be {' or '.join(SUFFIXES)}, not {command.tune}")
+    others = ("resume", "overwrite", "evaluate", "predict", "dry_run", "fast_dev_run")
+    if given := [name for name in others if getattr(command, name)]:
+        raise InputError(f"--tune and --{given[0]} are both given: one at a time")
+    suffixes = SUFFIXES[command.tune]
+    if command.out and Path(command.out).suffix not in suffixes:
+        raise InputError(f"--out {command.out}: --tune {command.tune} writes {', '.join(suffixes)}, by the suffix")
 
 
 def _dataclass(parser: _Parser, namespace: jsonargparse.Namespace) -> Config:

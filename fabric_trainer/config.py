@@ -41,8 +41,8 @@ class DataConfig:
 class BatchConfig:
     """How many samples an update sees: micro_batch_size x accumulate x ranks."""
 
-    micro_batch_size: int = 32
-    """Samples per device and forward."""
+    micro_batch_size: int | Literal["auto"] = 32
+    """Samples per device and forward; auto finds the most that fit at the start, and needs global_batch_size."""
     accumulate: int | dict[str, Any] = 1
     """Micro-batches per update: 4, {window: {0: 8, 500: 4}} or {epoch: {0: 8, 5: 4}}."""
     global_batch_size: int | None = None
@@ -294,6 +294,22 @@ class FaultsConfig:
 
 
 @dataclass
+class TuneConfig:
+    """The finders: --tune lr and --tune batch_size."""
+
+    min_lr: float = 1e-7
+    """lr: where the sweep begins."""
+    max_lr: float = 10.0
+    """lr: where it ends, if the loss has not gone up before."""
+    updates: int = 100
+    """lr: how many, each with the same factor on the rate."""
+    smoothing: float = 0.9
+    """lr: how much of the average before stays in the running average of the loss."""
+    max_batch_size: int = 1024
+    """batch_size, and batch.micro_batch_size auto: the most samples tried in one forward."""
+
+
+@dataclass
 class DdpConfig:
     """DistributedDataParallel's options."""
 
@@ -521,6 +537,7 @@ class Config:
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     fabric: FabricConfig = field(default_factory=FabricConfig)
     run: RunConfig = field(default_factory=RunConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -172,6 +172,13 @@ class Engine:
         if self.scaler and saved:
             self.scaler.load_state_dict(saved)
 
+    def own_counts(self) -> dict[str, int]:
+        """What the strategy's engine counts beside the run's counters; nothing is decided by it."""
+        return {}
+
+    def load_own_counts(self, counts: dict[str, int]) -> None:
+        """Back to these."""
+
 
 def make_engine(
     fabric: Fabric,

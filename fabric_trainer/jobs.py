@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +13,34 @@ from lightning.fabric import Fabric
 from rich.console import Console
 
 from fabric_trainer import checkpoint, run, sharded, slurm
-from fabric_trainer.command import Command
-from fabric_trainer.config import Config, EmaConfig, data_root
+from fabric_trainer.batch import with_micro_batches
+from fabric_trainer.command import SUFFIXES, Command
+from fabric_trainer.config import BatchConfig, Config, EmaConfig, data_root
 from fabric_trainer.duration import spoken
 from fabric_trainer.environment import describe
 from fabric_trainer.errors import FINISHED, TRY_AGAIN, InputError
 from fabric_trainer.evaluate import measure
 from fabric_trainer.faults import StopSignals
+from fabric_trainer.files import write_atomically
 from fabric_trainer.loop import fit
-from fabric_trainer.memory import remembered
+from fabric_trainer.memory import NOTE, remembered
 from fabric_trainer.portable import shared
 from fabric_trainer.predict import check_output, predict, write
 from fabric_trainer.random import make_deterministic
+from fabric_trainer.ranks import data_parallel
 from fabric_trainer.report import write_report
 from fabric_trainer.run import Choice
 from fabric_trainer.state import State
 from fabric_trainer.summary import print_summary
 from fabric_trainer.task import Task
+from fabric_trainer.tune import sweep_lr, write_sweep
+from fabric_trainer.tune_batch import (
+    START,
+    Found,
+    all_sizes,
+    find_micro_batch_size,
+    sizes_of_same_updates,
+)
 
 
 def run_job(fabric: Fabric, task: Task, command: Command, config: Config, notes: tuple[str, ...]) -> int:
@@ -44,6 +57,8 @@ def run_job(fabric: Fabric, task: Task, command: Command, config: Config, notes:
         return measure_checkpoint(fabric, task, command, config)
     if command.predict:
         return predict_to_file(fabric, task, command, config)
+    if command.tune:
+        return tune(fabric, task, command, config)
     if command.fast_dev_run:
         return fast_dev_run(fabric, task, config)
     return train(fabric, task, command, config)
@@ -53,9 +68,12 @@ def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     """Train in a run's folder: a new one, or the one to continue."""
     restarted = _anywhere(fabric, run.was_restarted())
     choice = _on_rank_zero(fabric, lambda: run.choose(command, config, fabric.print, restarted))
-    config.batch = _on_rank_zero(fabric, lambda: remembered(choice.folder, config.batch, fabric.print))
+    ranks = data_parallel(fabric).size
+    config.batch = _on_rank_zero(fabric, lambda: remembered(choice.folder, config.batch, ranks, fabric.print))
     resume_from = choice.resume_from
     saved = shared(fabric, lambda: checkpoint.load(resume_from)) if resume_from else None
+    searches = config.batch.micro_batch_size == "auto" and not saved
+    config.batch = _numbered(config.batch, ranks, saved)
     if saved:
         if "optimizer" not in saved:
             raise InputError(f"--resume {resume_from}: there are weights alone in it; --init_from starts with them")
@@ -68,9 +86,11 @@ def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
         return FINISHED
     if fabric.is_global_zero:
         run.open_folder(choice, command, config, describe(fabric.world_size, fabric.device, config.fabric.strategy))
-        explain(state, choice)
     signals = StopSignals()
     try:
+        if searches:
+            settle_micro_batch_size(state, choice)
+        explain(state, choice)
         fit(fabric, task, config, choice.folder, state=state, signals=signals)
     except BaseException:
         if fabric.is_global_zero:
@@ -114,6 +134,70 @@ def _pictures(state: State, checkpoints: Path) -> dict[str, Any]:
     return state.task.pictures(network.to(state.fabric.device).eval(), state.fabric.device)
 
 
+def settle_micro_batch_size(state: State, choice: Choice) -> None:
+    """``batch.micro_batch_size: auto``: find it, use it, and note it in the run's folder for those who resume."""
+    note, fabric = choice.folder / NOTE, state.fabric
+    found = find_micro_batch_size(state, sizes_of_same_updates(state), note)
+    state.set_micro_batch_size(found.size)
+    if fabric.is_global_zero:
+        write_atomically(note, json.dumps({"micro_batch_size": found.size}))
+        run.write_config(choice.folder, state.config)
+    fabric.print(f"micro-batches of {found.size}{_too_many(found)}")
+
+
+def tune(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
+    """``--tune``: what it finds, on a plain line that reads like a key; trains nothing."""
+    suffix = SUFFIXES[command.tune or ""][0]
+    out = Path(command.out or Path(config.run.root) / f"tune-{command.tune}-{command.config_name}{suffix}")
+    _on_rank_zero(fabric, lambda: out.parent.mkdir(parents=True, exist_ok=True))
+    config.batch = _numbered(config.batch, data_parallel(fabric).size)
+    state = State(fabric, task, config)
+    if command.init_from:
+        _init_from(state, command.init_from)
+    return tune_lr(state, out) if command.tune == "lr" else tune_batch_size(state, out)
+
+
+def tune_lr(state: State, out: Path) -> int:
+    """``--tune lr``: the picture and the numbers of a sweep, and the rate it suggests."""
+    sweep, print_ = sweep_lr(state), state.fabric.print
+    if state.fabric.is_global_zero and len(sweep.rates):
+        write_sweep(sweep, out)
+    if sweep.suggestion is None:
+        raise InputError(
+            f"--tune lr: the loss falls nowhere from tune.min_lr {state.config.tune.min_lr} on, in the "
+            f"{len(sweep.rates)} updates before it ends: another range may show more ({out})"
+        )
+    print_(f"{len(sweep.rates)} updates, rates {sweep.rates[0]:.3g} to {sweep.rates[-1]:.3g}: {out}")
+    print_(f"optim.lr {sweep.suggestion:.3g}")
+    return FINISHED
+
+
+def tune_batch_size(state: State, out: Path) -> int:
+    """``--tune batch_size``: the largest micro-batch, and with which accumulation it makes the same updates."""
+    found, print_, batch = find_micro_batch_size(state, all_sizes(state), out), state.fabric.print, state.config.batch
+    same = with_micro_batches(batch, state.ranks.size, found.size)
+    if state.fabric.is_global_zero:
+        write_atomically(out, json.dumps(asdict(found) | {"batch": asdict(same)}, indent=1))
+    for attempt in found.attempts:
+        print_(f"{attempt.size:6} {f'fits, {attempt.pace:.0f} samples/s' if attempt.fits else 'does not fit'}")
+    print_(f"batch.micro_batch_size {found.size}{_too_many(found)}")
+    accumulate = "" if same.global_batch_size else f", batch.accumulate {same.accumulate}"
+    print_(f"for the same updates: batch.micro_batch_size {same.micro_batch_size}{accumulate}")
+    return FINISHED
+
+
+def _too_many(found: Found) -> str:
+    """ "; 14 do not fit", where that was seen."""
+    failed = [attempt.size for attempt in found.attempts if not attempt.fits]
+    return f"; {min(failed)} do not fit" if failed else ""
+
+
+def _numbered(batch: BatchConfig, ranks: int, saved: dict[str, Any] | None = None) -> BatchConfig:
+    """A number in place of ``auto``: the checkpoint's, or one to begin with."""
+    most = (saved or {}).get("batch", {}).get("micro_batch_size", START)
+    return with_micro_batches(batch, ranks, most) if batch.micro_batch_size == "auto" else batch
+
+
 def measure_checkpoint(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     """``--evaluate``: the metrics of a checkpoint's raw and averaged weights, in full precision."""
     state, source = load_state(fabric, task, command.evaluate or "", command, config)
@@ -151,6 +235,7 @@ def load_state(fabric: Fabric, task: Task, which: str, command: Command, config:
     path = _on_rank_zero(fabric, lambda: run.find_checkpoint(which, command, config))
     saved = shared(fabric, lambda: checkpoint.load(path))
     config.ema = EmaConfig(**(saved["config"]["ema"] if saved.get("ema") else {}))
+    config.batch = _numbered(config.batch, data_parallel(fabric).size, saved)
     state = State(fabric, task, config)
     state.load_weights(saved)
     split = state.split(command.split)
@@ -162,6 +247,7 @@ def fast_dev_run(fabric: Fabric, task: Task, config: Config) -> int:
     """One update and one evaluation batch; leaves nothing behind."""
     config.run.max_steps, config.run.limit_val_batches, config.schedule.warmup = 1, 1, 0
     config.early_stopping.restore_best = config.freeze.advanced.restore_weights = False  # there are no files
+    config.batch = _numbered(config.batch, data_parallel(fabric).size)
     state = State(fabric, task, config)
     explain(state, None)
     fit(fabric, task, config, state=state)

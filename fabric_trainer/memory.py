@@ -8,14 +8,14 @@ import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
+from fabric_trainer.batch import with_micro_batches
 from fabric_trainer.config import BatchConfig
 from fabric_trainer.errors import OutOfMemoryRestart
 from fabric_trainer.files import write_atomically
-from fabric_trainer.order import Accumulate
 
 NOTE = "memory.json"
 STATM = Path("/proc/self/statm")  # of Linux: pages, the second number the resident ones
@@ -103,22 +103,15 @@ class Gauge:
         return found
 
 
-def remembered(folder: Path, batch: BatchConfig, tell: Callable[[str], None]) -> BatchConfig:
-    """The ``batch`` section for a run that ran out of memory in ``folder``: smaller micro-batches, the same updates."""
+def remembered(folder: Path, batch: BatchConfig, world_size: int, tell: Callable[[str], None]) -> BatchConfig:
+    """The ``batch`` section for a run that has found out in ``folder`` what fits: the same updates."""
     path = folder / NOTE
     if not path.is_file():
         return batch
-    fits = json.loads(path.read_text())["micro_batch_size"]
-    micro, accumulate = batch.micro_batch_size, batch.accumulate
-    smaller = max(rows for rows in range(1, micro + 1) if micro % rows == 0 and (rows <= fits or rows == 1))
-    if smaller == micro:
+    fits, micro = json.loads(path.read_text()).get("micro_batch_size"), batch.micro_batch_size
+    if fits is None or (micro != "auto" and micro <= fits):  # a search that goes on, or one for more
         return batch
-    tell(f"micro-batches of {smaller} instead of {micro}: the run has run out of memory ({path})")
-    accumulate = accumulate if batch.global_batch_size else _times(accumulate, micro // smaller)
-    return BatchConfig(smaller, accumulate, batch.global_batch_size)
-
-
-def _times(accumulate: Accumulate | dict[str, Any], factor: int) -> Any:
-    if isinstance(accumulate, int):
-        return accumulate * factor
-    return {clock: {at: count * factor for at, count in steps.items()} for clock, steps in accumulate.items()}
+    found = with_micro_batches(batch, world_size, fits)
+    why = "found before" if micro == "auto" else "the run has run out of memory"
+    tell(f"micro-batches of {found.micro_batch_size} instead of {micro}: {why} ({path})")
+    return found

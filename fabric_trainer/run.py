@@ -53,13 +53,18 @@ def choose(command: Command, config: Config, tell: Tell, restarted: bool = False
 def open_folder(choice: Choice, command: Command, config: Config, environment: dict[str, Any]) -> None:
     """Make the folder and write config.yaml, environment.json and the status; on rank 0."""
     choice.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(choice.folder / "config.yaml", to_yaml(config))
+    write_config(choice.folder, config)
     path = choice.folder / "environment.json"
     if path.is_file():  # a resume: what the run began with stays on record
         before = json.loads(path.read_text())
         environment = environment | {"earlier": [*before.pop("earlier", []), before]}
     write_atomically(path, json.dumps(environment, indent=1))
     set_status(choice.folder, "running", command.config_name)
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """config.yaml: every key of the run."""
+    write_atomically(folder / "config.yaml", to_yaml(config))
 
 
 def set_status(folder: Path, status: str, config_name: str | None = None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fabric_trainer import portable, schedule
-from fabric_trainer.batch import rescaled, resolve_accumulate
+from fabric_trainer.batch import micro_batch_size, rescaled, resolve_accumulate, with_micro_batches
 from fabric_trainer.checkpoint import Snapshot, take_part
 from fabric_trainer.checks import check
 from fabric_trainer.compile import Compilation
@@ -120,7 +120,7 @@ class State:
         self._set_up(network)
         oom = config.faults.oom
         answer = ("split" if fabric.world_size == 1 else "restart") if oom == "auto" else oom
-        self.memory = Memory(config.batch.micro_batch_size, answer)
+        self.memory = Memory(self.order.micro_batch_size, answer)
 
         self.counters, self.epoch, self.history = Counters(), EpochSums(), History()
         self.open: Any = None  # the update that the guard has not been asked about yet
@@ -180,7 +180,7 @@ class State:
     def _order(self) -> Order:
         run, ranks = self.config.run, self.ranks
         plan = self.task.plan(self.train_set, self.config.seed)
-        cut = (self.config.batch.micro_batch_size, self.accumulate, ranks.size, ranks.rank)
+        cut = (micro_batch_size(self.config.batch), self.accumulate, ranks.size, ranks.rank)
         if run.overfit_batches is not None:
             plan = First(plan, Order(plan, *cut, limit=run.overfit_batches).length(0))
         return Order(plan, *cut, limit=run.limit_train_batches)
@@ -222,7 +222,7 @@ class State:
             config, dataset = self.config, self.val_set if name == "val" else self.task.dataset(name)
             if dataset is None:
                 raise InputError(f"{type(self.task).__name__} has no {name} split")
-            size = config.evaluate.micro_batch_size or config.batch.micro_batch_size
+            size = config.evaluate.micro_batch_size or self.order.micro_batch_size
             workers, limit = config.data.num_workers, config.run.limit_val_batches
             plan = self.order.plan if name == "val" and config.run.overfit_batches is not None else None
             self._splits[name] = Split(self.fabric, self.task, dataset, size, config.seed, workers, limit, plan)
@@ -248,6 +248,13 @@ class State:
         self.open = update
         if self.ema:
             self.ema.hold()
+
+    def set_micro_batch_size(self, size: int) -> None:
+        """The same updates of micro-batches of another size, from the next window on."""
+        batch = self.config.batch = with_micro_batches(self.config.batch, self.ranks.size, size)
+        self.accumulate = resolve_accumulate(batch, self.ranks.size)
+        self.order = self._order()
+        self.memory = Memory(self.order.micro_batch_size, self.memory.answer, self.memory.folder)
 
     def describe(self) -> dict[str, str]:
         """What the start-up summary says beside the modules."""
@@ -299,7 +306,7 @@ class State:
 
     def state_dict(self) -> dict[str, Any]:
         """Leaves, numbers, strings, lists and dicts; the leaves (``portable``) are the live ones."""
-        batch = {"micro_batch_size": self.config.batch.micro_batch_size, "accumulate": self.accumulate}
+        batch = {"micro_batch_size": self.order.micro_batch_size, "accumulate": self.accumulate}
         return {
             "format": FORMAT,
             "model": self.engine.weights(),

@@ -14,7 +14,7 @@ from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fabric_trainer.batch import resolve_accumulate
+from fabric_trainer.batch import micro_batch_size, resolve_accumulate
 from fabric_trainer.config import Config, FaultsConfig
 from fabric_trainer.engine import Engine
 from fabric_trainer.errors import BadGradientError, InputError
@@ -56,8 +56,9 @@ def _accumulating(engine: Any, enabled: bool) -> Iterator[None]:
 
 
 def make_strategy(config: Config, resolved: Resolved) -> ZeroStrategy:
-    # the batch once more in set_up, where a resume has had its say
-    made = engine_config(config, resolved) | batch_config(config, resolved.world_size)
+    # the batch once more in set_up, where a resume, or the search for "auto", has had its say
+    auto = config.batch.micro_batch_size == "auto"
+    made = engine_config(config, resolved) | ({} if auto else batch_config(config, resolved.world_size))
     return ZeroStrategy(config=made, timeout=timedelta(minutes=config.fabric.timeout))
 
 
@@ -88,7 +89,7 @@ def batch_config(config: Config, world_size: int, accumulate: Accumulate | None 
     """The engine's keys about the batch and the clip; "auto" in the user's configuration follows ours. Raises
     InputError where it names another number."""
     accumulate = resolve_accumulate(config.batch, world_size) if accumulate is None else accumulate
-    micro, first = config.batch.micro_batch_size, accumulation(accumulate, 0, 0)
+    micro, first = micro_batch_size(config.batch), accumulation(accumulate, 0, 0)
     ours = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": first,
@@ -233,6 +234,13 @@ class ZeroEngine(Engine):
     def load_scaler_state(self, saved: dict[str, Any]) -> None:
         if self.scaler:
             vars(self.scaler).update({key: value for key, value in saved.items() if key in vars(self.scaler)})
+
+    def own_counts(self) -> dict[str, int]:
+        names = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+        return {name: getattr(self.deepspeed, name) for name in names}
+
+    def load_own_counts(self, counts: dict[str, int]) -> None:
+        vars(self.deepspeed).update(counts)
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         names = [name for group in self.names for name in group]
