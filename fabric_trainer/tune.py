@@ -154,8 +154,8 @@ def _draw(sweep: Sweep):  # type: ignore[no-untyped-def]  # a Figure: matplotlib
         loss = sweep.smoothed[np.searchsorted(sweep.rates, rate)]
         axes.axvline(rate, color=ORANGE, linewidth=1, linestyle=(0, (4, 3)))
         axes.plot(rate, loss, "o", color=ORANGE, markersize=8, label="steepest descent")
-        place = {"xytext": (10, 10), "textcoords": "offset points"}
-        axes.annotate(f"optim.lr {rate:.3g}", (rate, loss), color=ORANGE, fontweight="bold", **place)
+        text = f"optim.lr {rate:.3g}"
+        axes.annotate(text, (rate, loss), (10, 10), textcoords="offset points", color=ORANGE, fontweight="bold")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#cbd5e1")
     axes.grid(axis="y", color="#e2e8f0", linewidth=0.8)

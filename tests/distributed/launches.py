@@ -67,6 +67,12 @@ def ending(made: dict[str, Any]) -> dict[str, Any]:
     return made | {name: made.get(name, {}) | keys for name, keys in sections.items()}
 
 
+def finders(strategy: str) -> dict[str, Any]:
+    """Under ddp one rank has less memory; where weights are sharded a failure would end the launch."""
+    task = {"path": "systems.Tight", "args": {"limit": 3 if strategy == "ddp" else 99}}
+    return {"config": document(strategy, task=task, tune={"updates": 20}), "sizes": [1, 2, 3, 4, 5]}
+
+
 def prepare(folder: Path) -> Callable[[str], Path]:
     """A function that gives a strategy's folder, after one launch with the jobs that need no other strategy."""
     done: set[str] = set()
@@ -88,6 +94,7 @@ def prepare(folder: Path) -> Callable[[str], Path]:
                 "memory": {},
                 "averages": {"config": document(strategy, **AVERAGES)},
                 "ends": {"config": ending(document(strategy))},
+                "finders": finders(strategy),
             }
             frozen = {"strategy": "schedule", "schedule": {0: [], 4: ["blocks.1"], 7: ["blocks.*", "embed"]}}
             steady = {"task": {"path": "systems.Normed"}, "schedule": {"name": "constant", "warmup": 0}}

@@ -182,6 +182,20 @@ class Slow(Masked):
         return super().loss(network, batch)
 
 
+class Tight(Masked):
+    """More than ``limit`` rows do not fit, on one rank only, or (-1) on all."""
+
+    def __init__(self, limit: int = 3, rank: int = 1) -> None:
+        super().__init__()
+        self.limit, self.rank = limit, rank
+
+    def loss(self, network: nn.Module, batch: Batch) -> Loss:
+        own = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        if network.training and len(batch["index"]) > self.limit and self.rank in (-1, own):
+            raise torch.OutOfMemoryError(f"{len(batch['index'])} rows, as injected")
+        return super().loss(network, batch)
+
+
 class FailsToSave:
     """A callback that raises on rank 0, where a checkpoint was just given to its writer."""
 

@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from launches import results, run_worker
@@ -175,6 +176,24 @@ def assert_exact_averages(ranks: list[Any]) -> None:
         assert rank["updates"] == 6 and rank["collectives"] == 0
         assert rank["compared"] > 3 * 10 and rank["different"] == []
     assert ranks[0]["snapshots"] == [3, 6] and ranks[0]["saved"] == ["power_0.1"]
+
+
+def test_the_finders_leave_no_trace(trained, strategy):
+    """A run after both ends with the bits of one without: weights, averages, moments, data and dropout."""
+    here = trained(strategy)
+    ranks = results(here.parent, strategy, "finders")
+    whole, one = checkpoint_of(here), results(here.parent, "single", "finders")[0] if trained("single") else {}
+    for tree in TREES:
+        assert all(torch.equal(value, ranks[0]["taken"][tree][name]) for name, value in whole[tree].items()), tree
+    for name, moments in whole["optimizer"]["state"].items():
+        for key, value in moments.items():
+            found = ranks[0]["taken"]["optimizer"]["state"][name][key]
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(found)), (name, key)
+    assert whole["counters"] | {"seconds": 0} == ranks[0]["taken"]["counters"] | {"seconds": 0}
+    for rank in ranks:
+        assert rank["sweep"] == ranks[0]["sweep"] and rank["size"] == (3 if strategy == "ddp" else 5)
+        first = min(len(rank["sweep"][0]), len(one["sweep"][0])) - 3  # what diverges, differs
+        np.testing.assert_allclose(rank["sweep"][0][:first], one["sweep"][0][:first], rtol=1e-4)
 
 
 def after_five(one: Path) -> list[int]:

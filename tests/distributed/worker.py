@@ -43,6 +43,8 @@ from fabric_trainer.progress import Progress
 from fabric_trainer.sharded_save import save_shards
 from fabric_trainer.state import State
 from fabric_trainer.strategies import make_fabric
+from fabric_trainer.tune import sweep_lr
+from fabric_trainer.tune_batch import find_micro_batch_size
 from tools.ema import read_snapshots
 
 torch.set_num_threads(1)
@@ -217,6 +219,16 @@ def ends(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
     state_module.time = time  # type: ignore[attr-defined]
     fabric._callbacks.remove(clock)
     return found | {"timed": timed.counters.step, "complete": timed.complete, "stopped": timed.stopped}
+
+
+def finders(fabric: Fabric, config: Config, folder: Path, sizes: list[int]) -> dict[str, Any]:
+    """Both finders, then the run: what they found, and the state at its end."""
+    task = make_task(config)
+    state = State(fabric, task, config)
+    sweep, found = sweep_lr(state), find_micro_batch_size(state, sizes)
+    fit(fabric, task, config, state=state)
+    taken = checkpoint.Snapshot().take(state.state_dict())
+    return {"sweep": [sweep.losses.tolist(), sweep.suggestion], "size": found.size, "taken": taken}
 
 
 def sync_after_accumulation(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
