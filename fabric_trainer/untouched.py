@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fabric_trainer.compile import Compilation
+from fabric_trainer.config import CompileConfig
 from fabric_trainer.engine import Engine
 from fabric_trainer.portable import local
 from fabric_trainer.state import State
@@ -26,8 +28,8 @@ def untouched(state: State) -> Iterator[None]:
     """Inside, updates may be made; afterwards weights, buffers, moments, scaler and random streams are those of before.
 
     Counters, EMA and history are the caller's to leave alone. Every rank keeps its own pieces, on the host, where they
-    take no room from what is tried. Inside, a gradient that isn't finite is left out, whatever ``faults`` says. An
-    exception goes through with nothing put back: a rank that raises can't take part in it.
+    take no room from what is tried. Inside, nothing is compiled, and a gradient that isn't finite is left out, whatever
+    ``faults`` says. An exception goes through with nothing put back: a rank that raises can't take part in it.
     """
     engine, guard, memory = state.engine, state.guard, state.memory
     modes = [(module, module.training) for module in state.network.modules()]
@@ -35,7 +37,10 @@ def untouched(state: State) -> Iterator[None]:
     undo = [_weights(engine), _optimizer(engine.bare_optimizer), _random_streams(engine.fabric.device)]
     state.guard, state.memory = engine.make_guard(), copy.copy(memory)
     state.guard.config = replace(guard.config, nonfinite="skip")
-    yield
+    compilation = state.compilation  # its trial is still to come
+    state.compilation = Compilation(state.fabric, replace(state.config, compile=CompileConfig()))
+    with compilation.paused():
+        yield
     engine.drop_gradients()
     engine.refresh()  # the network's parameters are the leaves again
     for put_back in undo:
@@ -45,7 +50,7 @@ def untouched(state: State) -> Iterator[None]:
     engine.refresh()
     for module, training in modes:
         module.training = training
-    state.guard, state.memory = guard, memory
+    state.guard, state.memory, state.compilation = guard, memory, compilation
 
 
 def _weights(engine: Engine) -> Undo:
