@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fabric_trainer.checkpoint import Checkpoints, check_finite, linked, load, take_part
+from fabric_trainer.checkpoint import Checkpoints, check_finite, load, take_part
+from fabric_trainer.decide import advance, named, watch
 from fabric_trainer.errors import InputError
 from fabric_trainer.evaluate import measure
 from fabric_trainer.every import Clock, Every
 from fabric_trainer.memory import in_use
 from fabric_trainer.order import Span
 from fabric_trainer.portable import shared
-from fabric_trainer.probe import probe
 from fabric_trainer.record import Record
 from fabric_trainer.sharded_save import save_shards
 from fabric_trainer.snapshots import Snapshots
@@ -149,41 +149,21 @@ class Boundary(AbstractContextManager["Boundary"]):
         self.fabric.call("on_epoch_end", state=state, metrics=means)
 
     def freeze(self, span: Span) -> None:
-        """Freeze and unfreeze what is due: by the step, or at the end of an epoch, which advances the plan."""
-        state, freezer = self.state, self.state.freezer
-        before, freezer.step, restore = freezer.frozen, state.counters.step, False
-        if span.last and freezer.parts:
-            metric = self._followed() if freezer.plan.follows_metric else None
-            with state.profiler("probe"):
-                readings = probe(state, span.epoch, freezer.plan.probes) if freezer.plan.probes else []
-            action = freezer.plan.on_epoch(metric, span.epoch, readings)
-            restore = action.restore
-            for note in action.notes:
-                self.record.print(f"freeze: {note}")
-        if freezer.frozen != before:
-            state.refreeze()
-            self.record.print(f"freeze: step {freezer.step} · {freezer.count(state.module)}")
-        if restore:
-            state.load_tensors(shared(self.fabric, self._best))
+        """What the freezing plan does now; it may ask for the best weights back."""
+        if advance(self.state, self.record, span, self.metrics):
+            if (best := self._best()) is None:
+                raise InputError("freeze.advanced.restore_weights: no best.pt, the monitored metric was never finite")
+            self.state.load_tensors(shared(self.fabric, lambda: load(best[0])))
             self.measured_at = -1  # not these weights
         self._set_soonest()
 
-    def _best(self) -> dict[str, Any]:
-        """On rank 0: what best.pt holds."""
-        assert self.checkpoints is not None
-        self.checkpoints.wait()
-        path = linked(self.checkpoints.folder, "best")
-        if path is None:
-            raise InputError("freeze.advanced.restore_weights: there is no best.pt, the metric was never finite")
-        return load(path)
-
-    def _followed(self) -> float:
-        """The metric that the plan follows, higher meaning better."""
-        config = self.state.config
-        monitor = config.freeze.monitor or config.checkpoint.monitor
-        if monitor not in self.metrics:
-            raise InputError(f"freeze.monitor: no {monitor} among the metrics {', '.join(self.metrics)}")
-        return self.metrics[monitor] * (1 if (config.freeze.mode or config.checkpoint.mode) == "max" else -1)
+    def _best(self) -> Any:
+        """The file of the best weights so far and its entry in the index, the same on every rank; or None."""
+        found = None
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+            found = self.checkpoints.best()
+        return self.fabric.broadcast(found)
 
     def evaluate(self, planned: bool = True) -> bool:
         """Measure the raw and the averaged weights; returns whether the monitored metric is the best so far.
@@ -208,43 +188,24 @@ class Boundary(AbstractContextManager["Boundary"]):
             self.record.print(f"{split} at step {counters.step} · {line}")
         self.fabric.call("on_evaluation_end", state=state, metrics=self.metrics)
         if planned:
-            self._decide()
-        if state.config.checkpoint.monitor is None:
+            watch(state, self.record, self.metrics)
+        monitor = state.config.checkpoint.monitor
+        if monitor is None:
             return False
-        metric = self._metric("checkpoint.monitor", state.config.checkpoint.monitor)
+        metric = named(self.metrics, "checkpoint.monitor", monitor)
         best = self.checkpoints is not None and self.checkpoints.is_best(metric)
         return bool(self.fabric.broadcast(best))
-
-    def _decide(self) -> None:
-        """Let the plateau schedule and early stopping see the metric that they follow."""
-        state, stopping, monitor = self.state, self.state.early_stopping, self.state.config.checkpoint.monitor
-        if state.config.schedule.name == "plateau":
-            state.plateau.observe(self._metric("checkpoint.monitor", str(monitor)))
-        if stopping.config.patience is None:
-            return
-        key = "early_stopping.monitor" if stopping.config.monitor else "checkpoint.monitor"
-        stopping.observe(self._metric(key, stopping.config.monitor or str(monitor)))
-        if stopping.over:
-            self.record.print(f"early stopping: nothing better than {stopping.best:.4g} in {stopping.bad} evaluations")
-
-    def _metric(self, key: str, name: str) -> float:
-        if name not in self.metrics:
-            raise InputError(f"{key}: no {name} among the metrics {', '.join(self.metrics)}")
-        return self.metrics[name]
 
     def restore_best(self) -> None:
         """After the last update, where ``early_stopping.restore_best`` asks for it: the weights of best.pt and their
         average in the network; last.pt keeps the last update's, from which the run can be continued."""
-        state, found = self.state, None
+        state = self.state
         if not (state.config.early_stopping.restore_best and state.finished):
             return
-        if self.checkpoints is not None:
-            self.checkpoints.wait()
-            found = self.checkpoints.best()
-        path, entry = self.fabric.broadcast(found) or (None, {})
-        if path is None:
+        if (best := self._best()) is None:
             self.record.print("no best.pt to restore: the monitored metric was never finite")
             return
+        path, entry = best
         state.load_weights(shared(self.fabric, lambda: load(path)))
         state.restored = self.metrics = entry["metrics"]
         self.record.print(f"restored the weights of step {entry['step']} from {path}; last.pt has the last update's")
