@@ -98,6 +98,8 @@ def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
         raise
     if fabric.is_global_zero:
         run.set_status(choice.folder, "finished" if state.complete else "stopped")
+        if state.memory.halvings:
+            print(f"out of memory: {state.memory.describe()}", flush=True)
         conclude(state, choice)
     if config.fabric.requeue and state.stopped == TRY_AGAIN and _anywhere(fabric, signals.warned):
         _on_rank_zero(fabric, lambda: fabric.print(slurm.requeue()))

@@ -37,6 +37,19 @@ class Memory:
         """Of a forward."""
         return -(-self.micro_batch_size // 2**self.halvings)
 
+    def describe(self) -> str:
+        """The answer, and how far it has come."""
+        less = f", {self.rows} rows a forward: {self.micro_batch_size} did not fit" if self.halvings else ""
+        return self.answer + less
+
+    def state_dict(self) -> dict[str, int]:
+        return {"micro_batch_size": self.micro_batch_size, "halvings": self.halvings}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Of a run of the same micro-batches: with others the search begins again."""
+        if state.get("micro_batch_size") == self.micro_batch_size:
+            self.halvings = state["halvings"]
+
     def ran_out(self, error: RuntimeError) -> None:
         """Make the next attempt smaller. Raises ``error`` itself where it is another, or one row is too much, and
         OutOfMemoryRestart where the attempt must be another job's."""

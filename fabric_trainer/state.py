@@ -280,7 +280,7 @@ class State:
             "device": f"{fabric.device}, strategy {config.fabric.strategy}, precision {precision}",
             **({"freezing": self.freezer.describe()} if self.freezer.parts else {}),
             "compile": self.compilation.describe(),
-            "out of memory": self.memory.answer,
+            "out of memory": self.memory.describe(),
             "threads": str(torch.get_num_threads()),
             "seed": str(config.seed),
         }
@@ -320,6 +320,7 @@ class State:
             "batch": batch | {"world_size": self.ranks.size, "epoch_samples": self.order.length(0)},
             "states": {
                 "plateau": self.plateau.state_dict(),
+                "memory": self.memory.state_dict(),
                 "early_stopping": self.early_stopping.state_dict(),
                 "scaler": self.engine.scaler_state(),
                 "freeze": self.freezer.state_dict(),
@@ -343,6 +344,7 @@ class State:
             self.fabric.print(f"ema: {', '.join(new)} starts at the weights of step {self.counters.step}")
         states = saved["states"]
         self.plateau.load_state_dict(states["plateau"])
+        self.memory.load_state_dict(states.get("memory", {}))
         if "early_stopping" in states:
             self.early_stopping.load_state_dict(states["early_stopping"])
         self.time_is_up = self.counters.seconds / 60 >= self.most_minutes  # of rank 0, which saved them

@@ -417,6 +417,10 @@ def test_above_k_rows_the_run_is_that_of_k_rows(fabric, tmp_path, limit):
     kept = {1: 1, 3: 2, 6: 4}[limit]
     assert split.memory.rows == kept and max(task.tried[-10:]) == kept, "the smaller size is kept"
     assert sum(rows > limit for rows in task.tried) == split.memory.halvings, "each size is tried once"
+    assert split.describe()["out of memory"] == f"split, {kept} rows a forward: 8 did not fit"
+    saved = load(tmp_path / "checkpoints" / "last.pt")
+    resumed = State(fabric, task, config(**plain | {"batch.micro_batch_size": 8}), saved)
+    assert resumed.memory.rows == kept, "a resume splits as the run did: dropout depends on it"
     assert split.counters.step == whole.counters.step == 9 and split.counters.samples == 150
     for epoch in split.history.epochs:
         counts = [epoch[f"train_epoch/sample{i}"] * 50 for i in range(50)]
