@@ -117,6 +117,22 @@ def test_out_of_memory_before_the_first_checkpoint(tmp_path):
     assert code == 0 and "it starts again" in output and "micro-batches of 1 instead of 2" in output, output
 
 
+@pytest.mark.slow
+def test_a_search_for_the_micro_batch_goes_on_in_the_next_job(trained, tmp_path):
+    """Weights are sharded, and more than 3 rows do not fit on rank 1: 2 fit, 4 do not, which ends the job, 3 do."""
+    tight = ("--task.path", "systems.Tight", "--task.args", "{limit: 3}")
+    code, output, seconds = start(tmp_path, "fsdp", *tight, "--tune", "batch_size")
+    assert code == 76 and seconds < 60 and "micro-batches of 4 do not fit (4 rows, as injected)" in output, output
+    code, output, _ = start(tmp_path, "fsdp", *tight, "--tune", "batch_size")
+    assert code == 0 and "batch.micro_batch_size 3" in output, output
+    auto = (*tight, "--batch.micro_batch_size", "auto")
+    code, output, _ = start(tmp_path, "fsdp", *auto)
+    assert code == 76 and "micro-batches of 6 do not fit" in output, output
+    code, output, _ = start(tmp_path, "fsdp", *auto, "--resume", "auto")
+    assert code == 0 and "3 micro x 2 accumulate x 2 ranks = 12" in output, output
+    assert_same_state(checkpoint_of(trained("single")), finished(tmp_path), tolerance("fsdp"))
+
+
 # ---- killed, stopped, failed ----------------------------------------------------------------------------------------
 
 
