@@ -178,6 +178,7 @@ def assert_exact_averages(ranks: list[Any]) -> None:
     assert ranks[0]["snapshots"] == [3, 6] and ranks[0]["saved"] == ["power_0.1"]
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_finders_leave_no_trace(trained, strategy):
     """A run after both ends with the bits of one without: weights, averages, moments, data and dropout."""
     here = trained(strategy)
