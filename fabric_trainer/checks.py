@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from fabric_trainer.config import BatchConfig, CompileConfig, Config, EmaConfig
+from fabric_trainer.config import BatchConfig, CompileConfig, Config, EmaConfig, MuonConfig
 from fabric_trainer.duration import seconds
 from fabric_trainer.errors import InputError
 from fabric_trainer.every import Every
@@ -75,7 +75,8 @@ def check(config: Config) -> None:
     ):
         if length is not None:
             _at_least(key, length, 1)
-    for key, limit in (("norm", config.clip.norm), ("value", config.clip.value), ("p", config.clip.p)):
+    clip = config.clip
+    for key, limit in (("norm", clip.norm), ("value", clip.value), ("agc", clip.agc), ("p", clip.p)):
         if limit is not None and not limit > 0:
             raise InputError(f"clip.{key} must be above 0, not {limit}")
     tune = config.tune
@@ -83,6 +84,11 @@ def check(config: Config) -> None:
         raise InputError(f"tune.min_lr must be above 0 and below tune.max_lr, not {tune.min_lr} and {tune.max_lr}")
     if not 0 <= tune.smoothing < 1:
         raise InputError(f"tune.smoothing must be at least 0 and below 1, not {tune.smoothing}")
+    limits = [key for key in ("norm", "value", "agc") if getattr(clip, key) is not None]
+    if len(limits) > 1:
+        raise InputError(f"{' and '.join(f'clip.{key}' for key in limits)} are both set: clip by one of them")
+    if clip.agc_exempt and clip.agc is None:
+        raise InputError(f"clip.agc_exempt is {clip.agc_exempt}, and clip.agc is not set")
     if not 0 < config.fabric.timeout <= YEAR:
         raise InputError(f"fabric.timeout must be above 0 minutes and at most {YEAR}, not {config.fabric.timeout}")
     blocks = config.fabric.fsdp.blocks
@@ -99,8 +105,6 @@ def check(config: Config) -> None:
             _interval(section, interval)
     if taken := {"activities", "schedule", "on_trace_ready"} & config.profiler.args.keys():
         raise InputError(f"profiler.args: leave {min(taken)} out; profiler.wait, warmup and updates say what is traced")
-    if config.clip.norm is not None and config.clip.value is not None:
-        raise InputError("clip.norm and clip.value are both set: clip by one of them")
     if config.run.max_epochs is None and config.run.max_steps is None:
         raise InputError("run.max_epochs or run.max_steps must say how long to train")
     if config.schedule.name == "plateau" and config.checkpoint.monitor is None:
@@ -110,10 +114,30 @@ def check(config: Config) -> None:
     if config.batch.global_batch_size is not None and config.batch.accumulate != 1:
         raise InputError("batch.accumulate and batch.global_batch_size are both set: one follows from the other")
     _check_freeze(config)
+    _check_optim(config)
     try:
         check_accumulate(config.batch.accumulate)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def _check_optim(config: Config) -> None:
+    optim, spike = config.optim, config.faults.spike
+    if optim.muon != MuonConfig() and optim.name.lower() != "muon_hybrid":
+        raise InputError(
+            f"optim.muon is for optim.name: muon_hybrid, not for {optim.name}; give its keys in optim.args"
+        )
+    if any(not other.match for other in optim.others):
+        raise InputError("optim.others: match must name patterns such as head.*")
+    if optim.lookahead is not None:
+        _at_least("optim.lookahead.k", optim.lookahead.k, 1)
+        if not 0 < optim.lookahead.alpha <= 1:
+            raise InputError(f"optim.lookahead.alpha must be above 0 and at most 1, not {optim.lookahead.alpha}")
+    if optim.sam is not None and not 0 < optim.sam.rho < math.inf:
+        raise InputError(f"optim.sam.rho must be above 0, not {optim.sam.rho}")
+    if spike is not None and not spike > 1:
+        raise InputError(f"faults.spike must be above 1, times the running norm, not {spike}")
+    _at_least("faults.spike_warmup", config.faults.spike_warmup, 1)
 
 
 def _check_freeze(config: Config) -> None:

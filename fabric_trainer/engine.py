@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 
 from fabric_trainer import portable
 from fabric_trainer.blocks import find_blocks, recompute_blocks
-from fabric_trainer.clip import clip_gradients, part_norms
+from fabric_trainer.clip import clip_gradients, clip_units, part_norms
 from fabric_trainer.compile import Compilation
 from fabric_trainer.config import Config
 from fabric_trainer.ddp import UnsyncedDDP
 from fabric_trainer.faults import Guard
 from fabric_trainer.freeze import Freezer
+from fabric_trainer.match import matching
 from fabric_trainer.optim import build_optimizer
 from fabric_trainer.order import Accumulate
 from fabric_trainer.portable import Leaf
@@ -43,6 +44,7 @@ class Engine:
     ) -> None:
         self.fabric, self.module, self.config = fabric, module, config
         self.freezer, self.compilation, self.accumulate = freezer, compilation, accumulate
+        self.task = task
         freezer.apply(module)
         self.prepare(task)
         self.set_up()
@@ -50,6 +52,9 @@ class Engine:
         self.leaves = self.find_leaves()
         self.parts = self.find_parts(config.run.log_gradient_norms)
         self.part_norms: dict[str, Tensor] = {}  # of the last gradient before it was clipped, 0-d
+        names = [name for group in self.names for name in group]
+        exempt = matching(config.clip.agc_exempt, names, "clip.agc_exempt")
+        self.adaptive = [p for name, p in zip(names, self.trainable, strict=True) if name not in exempt]
 
     def prepare(self, task: Task) -> None:
         """What has to happen to the network before a strategy wraps it."""
@@ -74,7 +79,14 @@ class Engine:
     def make_optimizer(self) -> Optimizer:
         """Also notes each group's parameters and their names: a strategy may put others in their place."""
         device, scaled = self.fabric.device.type, getattr(self, "scaler", None) is not None
-        made = build_optimizer(self.module, self.config.optim, device, scaled, self.freezer.parts)
+        made = build_optimizer(
+            self.module,
+            self.config.optim,
+            device,
+            scaled,
+            self.freezer.parts,
+            self.task.blocks(self.module),
+        )
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         self.group_names = [group["name"] for group in made.param_groups]
         self.groups = [list(group["params"]) for group in made.param_groups]
@@ -122,7 +134,10 @@ class Engine:
         clip = self.config.clip
         if self.parts:
             self.part_norms = self.measure_parts(clip.p)
-        return clip_gradients(self.trainable, clip.norm, clip.value, clip.p)
+        total = clip_gradients(self.trainable, clip.norm, clip.value, clip.p)
+        if clip.agc is not None:
+            clip_units(self.adaptive, clip.agc)
+        return total
 
     def measure_parts(self, p: float) -> dict[str, Tensor]:
         gradients = [[each.grad for each in part if each.grad is not None] for part in self.parts.values()]

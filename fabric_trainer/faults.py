@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 from fabric_trainer.config import FaultsConfig
 from fabric_trainer.errors import INTERRUPTED, TRY_AGAIN, BadGradientError
 from fabric_trainer.ranks import data_parallel
+from fabric_trainer.several import kernels
+from fabric_trainer.spikes import RunningNorm
 
 MOST_HALVINGS = 16
 
@@ -122,11 +124,14 @@ class Verdict(NamedTuple):
     """What became of an update."""
 
     applied: bool
-    norm: float  # only read where the update was left out
+    # only read where the update was left out
+    norm: float = math.nan
+    limit: float = math.nan  # of a spike
 
 
 class Guard:
-    """Steps the optimizer unless the gradient is not finite: then weights, moments and statistics stay as they are.
+    """Steps the optimizer unless the gradient is not finite, or a spike: then weights, moments and statistics stay as
+    they are.
 
     Where the optimizer's fused kernel takes the flag as a tensor (``found_inf``), the decision stays on the device:
     the host learns of it in ``settle``, called just before the next step, when the device has long been there.
@@ -143,36 +148,43 @@ class Guard:
     ) -> None:
         self.optimizer, self.config, self.scaler = optimizer, config, scaler
         self.bare: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.kernels = kernels(self.bare)
         wanted = self._kernel_takes_flag() if on_device is None else on_device
         self.on_device = wanted and scaler is None and config.nonfinite == "skip"
         # a forward with a NaN in it reaches running statistics before any gradient is known
         norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        self._statistics = [buffer for module in norms for buffer in module.buffers()]
-        self._statistics_before = [buffer.clone() for buffer in self._statistics]
-        self._started = False  # every buffer of the optimizer is there
+        self.statistics = [buffer for module in norms for buffer in module.buffers()]
+        self._before = [buffer.clone() for buffer in self.statistics]
+        self.spikes = RunningNorm(config.spike, config.spike_warmup) if config.spike is not None else None
+        self.started = False  # every buffer of the optimizer is there
         self._pending: Tensor | bool | None = None
+        self.left_out: Tensor | bool = False  # the last step; a tensor where only the device knows
         self._norm: Tensor = torch.zeros(())
 
     def before_forward(self) -> None:
         """Remember the running statistics; call before the window's first forward."""
-        if self._statistics:
-            torch._foreach_copy_(self._statistics_before, self._statistics)
+        if self.statistics:
+            torch._foreach_copy_(self._before, self.statistics)
 
     def undo_forward(self) -> None:
         """The running statistics as they were ``before_forward``."""
-        if self._statistics:
-            torch._foreach_copy_(self._statistics, self._statistics_before)
+        if self.statistics:
+            torch._foreach_copy_(self.statistics, self._before)
 
     def step(self, norm: Tensor) -> None:
-        """Step with the present gradients, whose norm is ``norm``, unless it isn't finite. Raises BadGradientError
-        where the configuration says so. ``settle`` tells what happened."""
+        """Step with the present gradients, whose norm is ``norm``, unless it isn't finite or is a spike. Raises
+        BadGradientError where the configuration says so. ``settle`` tells what happened."""
         self._norm = norm
-        self._started = self._started or not self._lacks_momentum()
-        if self.on_device and self._started:
-            flag = norm.isfinite().logical_not_()
-            self.bare.found_inf, self.bare.grad_scale = flag.float(), None  # type: ignore[attr-defined]
+        flag = norm.isfinite().logical_not_()
+        if self.spikes is not None:
+            flag |= self.spikes.judge(norm)
+        self.started = self.started or not self._lacks_momentum()
+        if self.on_device and self.started:
+            self.left_out = flag
+            for kernel in self.kernels:
+                kernel.found_inf, kernel.grad_scale = flag.float(), None  # type: ignore[attr-defined]
             self.optimizer.step()
-            for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
+            for buffer, before in zip(self.statistics, self._before, strict=True):
                 torch.where(flag, before, buffer, out=buffer)
             self._pending = torch.empty_like(flag, device="cpu", pin_memory=True) if flag.is_cuda else flag
             if flag.is_cuda:
@@ -180,20 +192,24 @@ class Guard:
                 self._copied = torch.cuda.Event()
                 self._copied.record()
             return
-        self.bare.found_inf = None  # type: ignore[attr-defined]  # of an earlier step
-        value = norm.item()
-        bad = not math.isfinite(value)
-        if bad and self.config.nonfinite == "raise" and self.scaler is None:
-            raise BadGradientError(f"the gradient's norm is {value}; faults.nonfinite: skip would leave the update out")
-        if not bad or self.scaler is not None:  # a scaler leaves the update out by itself, and must lower its scale
-            self.optimizer.step()
+        for kernel in self.kernels:
+            kernel.found_inf = None  # type: ignore[attr-defined]  # of an earlier step
+        bad = bool(flag)
+        spike = bad and math.isfinite(norm.item())
+        if bad and not spike and self.config.nonfinite == "raise" and self.scaler is None:
+            line = f"the gradient's norm is {norm.item()}; faults.nonfinite: skip would leave the update out"
+            raise BadGradientError(line)
+        if not bad or (self.scaler is not None and not spike):
+            self.optimizer.step()  # a scaler leaves the update out by itself, and must lower its scale
+        elif self.scaler is not None:
+            self.scaler.update()  # closes the update that unscaling began
         self.conclude(norm, bad)
 
     def conclude(self, norm: Tensor, bad: bool) -> None:
         """Remember what became of the step; after a bad one the running statistics are those before its forward."""
         if bad:
             self.undo_forward()
-        self._norm, self._pending = norm, bad
+        self._norm, self._pending, self.left_out = norm, bad, bad
 
     def _kernel_takes_flag(self) -> bool:
         """Fused kernels do. On a CPU reading the norm costs less than handing a flag over; on shards none was tried."""
@@ -204,12 +220,12 @@ class Guard:
     def _lacks_momentum(self) -> bool:
         """Whether this is SGD's first step with momentum: its fused kernel makes the buffers uninitialised and, where
         the flag refuses the step, leaves them so. Then the host decides."""
-        if not isinstance(self.bare, torch.optim.SGD):
-            return False
-        state, groups = self.bare.state, [group for group in self.bare.param_groups if group["momentum"]]
         return any(
-            parameter.grad is not None and (parameter not in state or state[parameter].get("momentum_buffer") is None)
-            for group in groups
+            parameter.grad is not None and kernel.state.get(parameter, {}).get("momentum_buffer") is None
+            for kernel in self.kernels
+            if isinstance(kernel, torch.optim.SGD)
+            for group in kernel.param_groups
+            if group["momentum"]
             for parameter in group["params"]
         )
 
@@ -225,4 +241,6 @@ class Guard:
         if isinstance(self._pending, Tensor) and self._norm.is_cuda:
             self._copied.synchronize()
         bad, self._pending = bool(self._pending), None
-        return Verdict(not bad, self._norm.item() if bad else math.nan)
+        if not bad:
+            return Verdict(True)
+        return Verdict(False, self._norm.item(), self.spikes.limit.item() if self.spikes else math.nan)

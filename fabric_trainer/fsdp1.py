@@ -22,7 +22,6 @@ from fabric_trainer.clip import clip_gradients, local_norms, over_ranks
 from fabric_trainer.config import Config, FsdpConfig
 from fabric_trainer.engine import Engine
 from fabric_trainer.fsdp import DTYPES, materialise
-from fabric_trainer.optim import check_elementwise
 from fabric_trainer.portable import Fragment, Leaf, check_optimizer_names, fill
 
 if TYPE_CHECKING:
@@ -71,7 +70,6 @@ class Fsdp1Engine(Engine):
     def set_up(self) -> None:
         """The optimizer first: FSDP keeps the parameters, but not their shapes, which tell weights from biases."""
         fabric = self.fabric
-        check_elementwise(self.config.optim.name, "fsdp1")
         materialise(self.module, torch.device("cpu"))  # FSDP would put other parameters in the place of meta ones
         for parameter in self.module.parameters():
             parameter.data = parameter.data.contiguous()  # pieces are cut in the order of memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ from lightning.fabric import Fabric
 from fabric_trainer.boundary import Boundary
 from fabric_trainer.config import Config
 from fabric_trainer.errors import BadGradientError
-from fabric_trainer.faults import Agree, StopSignals
+from fabric_trainer.faults import Agree, StopSignals, Verdict
 from fabric_trainer.profiler import profiling
 from fabric_trainer.random import seed_torch
 from fabric_trainer.record import Record, Update
@@ -89,6 +90,8 @@ def fit(
                 update.rates = state.set_learning_rate()
                 with profiler("step"):
                     state.guard.step(update.norm)
+                    if state.lookahead:
+                        state.lookahead.update(counters.step + 1, state.guard.left_out)
                 state.leave_open(update)
                 state.engine.drop_gradients()
             else:
@@ -107,7 +110,16 @@ def fit(
 
 
 def compute_gradients(state: State, record: Record, update: Update) -> None:
-    """The gradient of the mean over the window, in smaller pieces where the micro-batches don't fit, in eager where a
+    """The gradient of the mean over the window; under SAM that at the worst point nearby, for the same losses."""
+    state.guard.before_forward()
+    differentiate(state, record, update)
+    if state.sam is not None:
+        with state.sam.uphill():
+            differentiate(state, record, Update(update.window, update.weight))
+
+
+def differentiate(state: State, record: Record, update: Update) -> None:
+    """The gradient at the present weights: in smaller pieces where the micro-batches don't fit, in eager where a
     compiler fails."""
     memory, compilation = state.memory, state.compilation
     compilation.begin(record.print)
@@ -131,7 +143,6 @@ def backward(state: State, update: Update) -> None:
     """Forward and backward of this rank's micro-batches; gradients are exchanged with the last."""
     fabric, network, window, ranks = state.fabric, state.network, update.window, state.ranks
     seed_torch(fabric.device, state.config.seed, window.span.window, ranks.rank)
-    state.guard.before_forward()
     for batch, last in window.on(fabric.device, state.memory.rows):
         with accumulating(fabric, network, not last):
             with state.profiler("forward"):
@@ -157,15 +168,25 @@ def settle(state: State, record: Record) -> None:
                 state.ema.update(counters.step)
         record.add(update)
         return
+    leave_out(state, record, verdict)
+
+
+def leave_out(state: State, record: Record, verdict: Verdict) -> None:
+    """Count an update that was not applied, and say so. Raises BadGradientError past the budget."""
+    counters, config, scaled = state.counters, state.config.faults, state.engine.scaler is not None
+    spike = math.isfinite(verdict.norm)
     counters.skipped += 1
-    window, budget = update.window.span.window, state.config.faults.budget
-    if state.engine.scaler is not None:  # lowers its scale and goes on: no sign of trouble
+    counters.spikes += spike
+    if scaled and not spike:  # lowers its scale and goes on: no sign of trouble
         return
-    record.print(f"window {window}: gradient norm {verdict.norm}, update left out ({counters.skipped} of {budget})")
-    if counters.skipped > budget:
+    window, count = state.open.window.span.window, counters.spikes if scaled else counters.skipped
+    why = f"gradient norm {verdict.norm}" + f", the limit is {verdict.limit:.4g}" * spike
+    record.print(f"window {window}: {why}, update left out ({count} of {config.budget})")
+    if count > config.budget:
+        spikes = " or a spike" * (config.spike is not None)
         raise BadGradientError(
-            f"{counters.skipped} updates had a gradient that was not finite, the last in window {window}; "
-            f"faults.budget allows {budget}"
+            f"{count} updates had a gradient that was not finite{spikes}, the last in window {window}; "
+            f"faults.budget allows {config.budget}"
         )
 
 

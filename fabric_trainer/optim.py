@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from torch.optim import Optimizer
 from fabric_trainer.config import OptimConfig
 from fabric_trainer.errors import InputError
 from fabric_trainer.imports import import_path
+from fabric_trainer.muon import Muon
+from fabric_trainer.several import Portion, Several, portions
 
 if TYPE_CHECKING:
     from fabric_trainer.freeze import Part
@@ -24,8 +27,13 @@ if TYPE_CHECKING:
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _FUSED = ("cpu", "cuda", "xpu", "mps")  # devices on which torch's fused kernels run
 
-# some strategies cut the weights into flat pieces: only optimizers that treat every element alike step them rightly
-ELEMENTWISE = ("adam", "adamw", "adamax", "nadam", "radam", "sgd", "adadelta", "rmsprop", "asgd", "rprop")
+# what the loop has no way to give; by the class's name, in lower case
+_UNFIT = {
+    "adahessian": "differentiates the gradient, which the loop does not keep a graph for",
+    "sparseadam": "takes sparse gradients alone, which are neither clipped nor exchanged between ranks",
+    "lookahead": "goes around another optimizer: name that one, and set optim.lookahead",
+    "swats": "changes its learning rate by itself, which is the schedule's",
+}
 
 
 def build_optimizer(
@@ -34,15 +42,39 @@ def build_optimizer(
     device_type: str,
     scaled: bool = False,
     parts: Mapping[str, Part] = MappingProxyType({}),
+    blocks: Iterable[nn.Module] = (),
 ) -> Optimizer:
     """The optimizer of the network's trainable parameters. Raises InputError for a wrong name or argument.
 
     device_type: where the weights will be; torch's fused kernels are used where they run there. scaled: the run has
     an fp16 loss scaler, which can't unscale for clipping when the kernel unscales by itself, so then none is used.
     parts: the freeze units, which have groups of their own.
+    blocks: the network's repeated parts, whose matrices are the hidden ones of ``muon_hybrid``.
     """
+    thawed = {name for part in parts.values() for name in part.names}
+    trained = [n for n, parameter in network.named_parameters() if parameter.requires_grad or n in thawed]
+    made = [
+        _build(network, portion, device_type, scaled, _at_rate(parts, portion.config.lr, config.lr))
+        for portion in portions(network, config, trained, blocks)
+    ]
+    return made[0] if len(made) == 1 else Several(made)
+
+
+def _at_rate(parts: Mapping[str, Part], lr: float, main: float) -> Mapping[str, Part]:
+    """The freeze units' rates, which are relative to the main optimizer's, for one with a rate of its own."""
+    if lr == main or not main:
+        return parts
+    return {unit: replace(part, lr=part.lr * lr / main) for unit, part in parts.items()}
+
+
+def _build(
+    network: nn.Module, portion: Portion, device_type: str, scaled: bool, parts: Mapping[str, Part]
+) -> Optimizer:
+    config = portion.config
     cls = optimizer_class(config.name)
     accepted = inspect.signature(cls).parameters
+    if reason := _UNFIT.get(cls.__name__.lower()):
+        raise InputError(f"optim.name: {cls.__name__} {reason}")
     if own := sorted({"lr", "weight_decay"} & set(config.args)):
         raise InputError(f"optim.args: give {own[0]} as optim.{own[0]}")
     arguments: dict[str, Any] = {"lr": config.lr, **config.args}
@@ -52,7 +84,9 @@ def build_optimizer(
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise InputError(f"optim.name: {cls.__name__} needs a closure that runs the loss again; take another")
-    groups = [part for group in parameter_groups(network, config, parts) for part in _by_mesh(group)]
+    groups = [part for group in parameter_groups(network, config, parts, portion.names) for part in _by_mesh(group)]
+    for group in groups:
+        group["name"] = _labelled(portion.label, group["name"])
     if not {"fused", "foreach"} & set(arguments):
         if "fused" in accepted and device_type in _FUSED and not scaled and _all_floating(groups):
             arguments["fused"] = True
@@ -64,14 +98,19 @@ def build_optimizer(
         raise InputError(f"optim: {cls.__name__} refuses its arguments: {error}") from None
 
 
+def _labelled(label: str, group: str) -> str:
+    """muon, sgd/decay, sgd/no_decay; the main optimizer's groups keep their names."""
+    return group if not label else label if group == "all" else f"{label}/{group}"
+
+
 def optimizer_class(name: str) -> type[Optimizer]:
     """``adamw`` or ``Lamb`` by name, in any case, from torch.optim or torch_optimizer; ``my.module.Class`` by path."""
     if "." in name:
         cls = import_path(name, "optim.name")
         if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
             raise InputError(f"optim.name: {name} is not a torch.optim.Optimizer")
-        return cls
-    found = _classes(torch.optim)
+        return Muon if cls is torch.optim.Muon else cls
+    found = _classes(torch.optim) | {"muon": Muon}
     if name.lower() not in found:
         found = _classes(_torch_optimizer(name)) | found
     if name.lower() not in found:
@@ -80,28 +119,23 @@ def optimizer_class(name: str) -> type[Optimizer]:
     return found[name.lower()]
 
 
-def check_elementwise(name: str, strategy: str) -> None:
-    """Raise InputError where a strategy that steps flat pieces of the weights could not step them with ``name``."""
-    if name.lower() not in ELEMENTWISE:
-        raise InputError(
-            f"optim.name: {strategy} steps flat pieces of the weights, which {name} can't; "
-            f"it may be {', '.join(ELEMENTWISE)}"
-        )
-
-
 def parameter_groups(
-    network: nn.Module, config: OptimConfig, parts: Mapping[str, Part] = MappingProxyType({})
+    network: nn.Module,
+    config: OptimConfig,
+    parts: Mapping[str, Part] = MappingProxyType({}),
+    names: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """``decay`` and ``no_decay`` (norms by module type, biases, other vectors), or ``all`` where there is one kind;
     of each freeze unit ``<unit>/decay`` and so on, with the unit's own peak rate.
 
     Only parameters that require a gradient now, or will when their unit is unfrozen: the groups are fixed for the
-    whole run.
+    whole run. names: those of one of several optimizers.
     """
     owners = {name: unit for unit, part in parts.items() for name in part.names}
     own: dict[str | None, dict[str, nn.Parameter]] = {}
+    wanted = None if names is None else set(names)
     for name, parameter in network.named_parameters():
-        if parameter.requires_grad or name in owners:
+        if (parameter.requires_grad or name in owners) and (wanted is None or name in wanted):
             own.setdefault(owners.get(name), {})[name] = parameter
     if not own:
         raise InputError("the network has no parameter that requires a gradient: there is nothing to train")

@@ -6,6 +6,7 @@ A *leaf* is where a strategy keeps a tensor: the tensor itself (single, ddp), a 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from fabric_trainer.errors import InputError
+from fabric_trainer.several import kernels
 from fabric_trainer.sharded import Shards
 
 
@@ -161,6 +163,17 @@ def load_optimizer_state(
     optimizer: Optimizer, network: nn.Module, saved: dict[str, dict[str, Any]], fetch: Callable[[Tensor], Tensor]
 ) -> None:
     """Take over the moments by name; the groups' options (learning rate, betas, …) stay those of the configuration."""
+
+    def place(value: Any, parameter: Tensor, key: str) -> Any:
+        """Where the optimizer would keep it, to be filled; some keep a dict of tensors."""
+        if isinstance(value, dict):
+            return {inner: place(item, parameter, key) for inner, item in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        made = _moment(parameter, value, key != "step" or on_device[id(parameter)])
+        pairs.append((made, value))
+        return made
+
     parameters = dict(network.named_parameters())
     on_device = {
         id(parameter): bool(group.get("fused") or group.get("capturable"))
@@ -171,18 +184,22 @@ def load_optimizer_state(
     pairs: list[tuple[Leaf, Tensor]] = []
     for name, values in saved.items():
         parameter = parameters[name]
-        made = optimizer.state[parameter] = {
-            key: _moment(parameter, value, key != "step" or on_device[id(parameter)]) for key, value in values.items()
-        }
-        pairs += [(made[key], value) for key, value in values.items() if isinstance(value, Tensor)]
+        optimizer.state[parameter] = {key: place(value, parameter, key) for key, value in values.items()}
     fill(pairs, fetch)
 
 
-def _moment(parameter: Tensor, value: Any, on_device: bool) -> Any:
-    """Where the optimizer would keep it, to be filled: torch's step counters stay on the host unless its kernel reads
-    them."""
-    if not isinstance(value, Tensor):
-        return value
+def load_group_state(optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
+    """Take over what an optimizer counts in its groups (MADGRAD's ``k``): whatever isn't one of its arguments."""
+    by_name = {group["name"]: group for group in saved}
+    for kernel in kernels(optimizer):
+        arguments = {"params", "name", *inspect.signature(type(kernel)).parameters}
+        for group in kernel.param_groups:
+            own = by_name.get(group["name"], {})
+            group.update({key: own[key] for key in group if key not in arguments and key in own})
+
+
+def _moment(parameter: Tensor, value: Tensor, on_device: bool) -> Tensor:
+    """torch's step counters stay on the host unless its kernel reads them."""
     dtype = value.dtype
     if value.shape == parameter.shape and {dtype, parameter.dtype} == {torch.float32, torch.float64}:
         dtype = parameter.dtype  # saved under a strategy that keeps another precision

@@ -18,6 +18,7 @@ from fabric_trainer.errors import InputError
 from fabric_trainer.files import write_atomically
 
 STATUS = "run.json"
+STAYS = ("seed", "task.path", "optim.name", "optim.muon.matrices", "optim.others")  # over a resume
 Tell = Callable[[str], None]
 
 
@@ -101,9 +102,14 @@ def compare_configs(saved: dict[str, Any], config: Config, tell: Tell) -> None:
         old, new = before.get(key), now.get(key)
         if old == new or key == "name":
             continue
-        if key in ("seed", "task.path", "optim.name"):
+        if key in STAYS and key in before and _settled(key, old) != _settled(key, new):
             raise InputError(f"{key} is {new}, the run began with {old}: a resume can't change it")
         tell(f"resumed with another {key}: {new} (was {old})")
+
+
+def _settled(key: str, value: Any) -> Any:
+    """Of several optimizers, who steps what: their rates may change."""
+    return [(other["match"], other["name"]) for other in value] if key == "optim.others" else value
 
 
 def _fresh(root: Path, name: str | None, command: Command) -> Path:

@@ -32,11 +32,14 @@ from fabric_trainer.evaluate import Split
 from fabric_trainer.freeze import Freezer
 from fabric_trainer.fsdp import check_resettable
 from fabric_trainer.history import History
+from fabric_trainer.lookahead import Lookahead
 from fabric_trainer.memory import Memory
 from fabric_trainer.order import Accumulate, First, Order, accumulation
-from fabric_trainer.portable import fetch, optimizer_groups
+from fabric_trainer.portable import fetch, load_group_state, optimizer_groups
 from fabric_trainer.profiler import Profiler
 from fabric_trainer.ranks import data_parallel
+from fabric_trainer.sam import Sam
+from fabric_trainer.several import kernels
 from fabric_trainer.sharded import SHARDS, Shards
 from fabric_trainer.summary import module_table
 from fabric_trainer.task import Task
@@ -51,7 +54,8 @@ class Counters:
     window: int = 0  # windows consumed, skipped ones included: data position, epoch and random seeds follow
     step: int = 0  # applied updates: schedules, EMA decay and every x-axis follow
     samples: int = 0  # of applied updates, over all ranks
-    skipped: int = 0  # updates left out for a gradient that was not finite
+    skipped: int = 0  # updates left out for a gradient that was not finite, or a spike
+    spikes: int = 0  # of these
     empty: int = 0  # windows without any weight
     seconds: float = 0.0  # of training, over all resumes
 
@@ -139,10 +143,16 @@ class State:
         self.engine, self.guard = engine, engine.make_guard()
         self.peaks = [group["lr"] for group in engine.bare_optimizer.param_groups]
         self.ema = make_ema(engine, config.ema) if config.ema.kept else None
+        self.sam = Sam(engine.trainable, self.guard.statistics, config.optim.sam) if config.optim.sam else None
+        self.lookahead: Lookahead | None = None
+        if config.optim.lookahead:
+            trained = {name: engine.leaves[name] for group in engine.names for name in group}
+            self.lookahead = Lookahead(trained, config.optim.lookahead)
 
     def refreeze(self) -> None:
         """Freeze and unfreeze what the freezer says now; all ranks together, between two updates. Weights, averages
         and the moments of all others stay as they are."""
+        self.guard.started = False  # the optimizer has no moments yet for what is unfrozen
         if not self.engine.refreeze():
             saved = portable.shared(self.fabric, self._gathered())
             self.engine.close()
@@ -272,7 +282,8 @@ class State:
             **self._limits(),
             "schedule": f"{config.schedule.name}: "
             + ", ".join(f"{share * max(self.peaks):.3g} at {step}" for step, share in corners.items()),
-            "optimizer": f"{type(engine.bare_optimizer).__name__}, groups "
+            "optimizer": " + ".join(type(kernel).__name__ for kernel in kernels(engine.bare_optimizer))
+            + ", groups "
             + ", ".join(
                 f"{group['name']} ({len(names)})"
                 for group, names in zip(engine.bare_optimizer.param_groups, engine.names, strict=True)
@@ -315,6 +326,7 @@ class State:
             "optimizer": {
                 "state": self.engine.moments(),
                 "groups": optimizer_groups(self.engine.bare_optimizer, self.engine.names),
+                "slow": self.lookahead.slow if self.lookahead else {},
             },
             "counters": asdict(self.counters),
             "batch": batch | {"world_size": self.ranks.size, "epoch_samples": self.order.length(0)},
@@ -329,6 +341,7 @@ class State:
                 "owes_evaluation": self.owes_evaluation,
                 "ema": dict(self.ema.starts) if self.ema else {},
                 "compile": self.compilation.state_dict(),
+                "spikes": self.guard.spikes.state_dict() if self.guard.spikes else {},
             },
             "config": asdict(self.config),
         }
@@ -352,11 +365,16 @@ class State:
         self.history.load_state_dict(states["history"])
         self.owes_evaluation = states["owes_evaluation"]
         self.compilation.load_state_dict(states.get("compile", {}))
+        if self.guard.spikes and states.get("spikes"):
+            self.guard.spikes.load_state_dict(states["spikes"])
 
     def load_tensors(self, saved: dict[str, Any]) -> list[str]:
         """Weights, averages and moments; all ranks together. Returns the averages that start at the weights."""
         new = self.load_weights(saved)
         self.engine.load_moments(saved["optimizer"]["state"], self._source(saved))
+        load_group_state(self.engine.bare_optimizer, saved["optimizer"]["groups"])
+        if self.lookahead:
+            self.lookahead.load_state_dict(saved["optimizer"].get("slow", {}), self._source(saved))
         self.engine.load_scaler_state(saved["states"]["scaler"])
         return new
 
@@ -365,6 +383,8 @@ class State:
         which."""
         source = self._source(saved)
         self.engine.load_weights(saved["model"], source, "the checkpoint")
+        if self.lookahead:
+            self.lookahead.restart()
         return self.ema.take_over(saved, self.counters.step, source) if self.ema else []
 
     def _source(self, saved: dict[str, Any]) -> Callable[[Tensor], Tensor]:

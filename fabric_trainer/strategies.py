@@ -34,6 +34,11 @@ class Row:
     clip_norm: bool = True
     clip_value: bool = True
     clip_p: bool = True
+    agc: bool = True
+    spike: bool = True
+    optimizers: str = "all, several"
+    lookahead: bool = True
+    sam: bool = False
     ema: bool = True
     freezing: str = "at any time"
     compile: str = "whole, blocks"
@@ -47,6 +52,11 @@ HEADINGS = {
     "clip_norm": "clip by norm",
     "clip_value": "clip by value",
     "clip_p": "clip by p-norm",
+    "agc": "clip adaptively",
+    "spike": "skip spikes",
+    "optimizers": "optimizers",
+    "lookahead": "Lookahead",
+    "sam": "SAM",
     "ema": "EMA",
     "freezing": "freezing",
     "compile": "compile",
@@ -56,7 +66,9 @@ HEADINGS = {
     "cpu": "CPU",
     "precisions": "precision",
 }
-_DDP = Row("last micro-batch", ("restart", "split"))
+# flat pieces of the weights have no rows: only optimizers that treat every element alike step them rightly
+ELEMENTWISE = ("adam", "adamw", "adamax", "nadam", "radam", "sgd", "adadelta", "rmsprop", "asgd", "rprop")
+_DDP = Row("last micro-batch", ("restart", "split"), sam=True)
 _SHARDED = Row(
     "last micro-batch",
     ("restart",),
@@ -65,13 +77,22 @@ _SHARDED = Row(
 )
 _OF_FABRIC = ("32-true", "16-mixed", "bf16-mixed", "bf16-true")
 TABLE = {
-    "single": Row("none", ("split", "restart")),
+    "single": Row("none", ("split", "restart"), sam=True),
     "ddp": _DDP,
     "ddp_spawn": _DDP,
     "ddp_notebook": _DDP,
     "fsdp": _SHARDED,
     "tensor_parallel": _SHARDED,
-    "fsdp1": Row("last micro-batch", ("restart",), _OF_FABRIC, freezing="fixed before training", cpu=False),
+    "fsdp1": Row(
+        "last micro-batch",
+        ("restart",),
+        _OF_FABRIC,
+        agc=False,
+        optimizers="elementwise, several",
+        lookahead=False,
+        freezing="fixed before training",
+        cpu=False,
+    ),
     "deepspeed": Row(
         "ZeRO-1: last micro-batch\nZeRO-2, 3: every backward",
         ("restart",),
@@ -80,6 +101,10 @@ TABLE = {
         clip_p=False,
         freezing="at any time: the engine is made anew",
         compile="ZeRO-1: whole, blocks",
+        agc=False,
+        spike=False,
+        optimizers="elementwise, one",
+        lookahead=False,
         cpu=False,
     ),
 }
@@ -142,6 +167,8 @@ def check_strategy(config: Config, resolved: Resolved) -> None:
     """Raise InputError, in one line, for what the strategy can't do; cheap, and before any data is read."""
     name, row, fabric = resolved.strategy, TABLE[resolved.strategy], config.fabric
     world, size, precision = resolved.world_size, resolved.tensor_parallel_size, resolved.precision
+    optim = config.optim
+    flat = [other for other in (optim.name, *(o.name for o in optim.others)) if other.lower() not in ELEMENTWISE]
     refusals = [
         (name == "single" and world > 1, f"fabric.strategy: single is for one device, not {world}"),
         (
@@ -171,6 +198,25 @@ def check_strategy(config: Config, resolved: Resolved) -> None:
             "run.log_gradient_norms: deepspeed keeps gradients in buffers of its own; leave it none",
         ),
         (config.clip.p != 2 and not row.clip_p, f"clip.p: {name} measures the 2-norm alone, not {config.clip.p}"),
+        (
+            config.clip.agc is not None and not row.agc,
+            f"clip.agc: {name} has flat pieces of the gradients, without rows; set clip.norm",
+        ),
+        (
+            config.faults.spike is not None and not row.spike,
+            f"faults.spike: {name} decides by itself what it leaves out; {_able('spike')} can",
+        ),
+        (
+            row.optimizers.startswith("elementwise") and bool(flat),
+            f"optim.name: {name} steps flat pieces of the weights, which {flat[0] if flat else ''} can't; "
+            f"it may be {', '.join(ELEMENTWISE)}",
+        ),
+        (bool(optim.others) and row.optimizers.endswith("one"), f"optim.others: {name} takes one optimizer alone"),
+        (
+            optim.lookahead is not None and not row.lookahead,
+            f"optim.lookahead: not under {name}; {_able('lookahead')} can",
+        ),
+        (optim.sam is not None and not row.sam, f"optim.sam: not under {name}; {_able('sam')} can"),
         (
             config.checkpoint.sharded and not row.sharded_save,
             f"checkpoint.sharded: {name} saves the one plain file; {_able('sharded_save')} can save shards",

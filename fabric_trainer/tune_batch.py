@@ -125,6 +125,7 @@ def _update(state: State, batch: Batch) -> int:
     micro_batches = [dict(batch) for _ in range(1 + several)]
     weight = sum(float(state.task.weight(one)) for one in micro_batches)
     update = Update(Window(SPAN, micro_batches, weight), weight * state.ranks.size)
+    state.guard.before_forward()
     with accumulating(state.fabric, state.network, _recovers(state)):
         backward(state, update)
     state.guard.step(state.engine.clip())

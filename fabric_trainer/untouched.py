@@ -28,15 +28,15 @@ def untouched(state: State) -> Iterator[None]:
     """Inside, updates may be made; afterwards weights, buffers, moments, scaler and random streams are those of before.
 
     Counters, EMA and history are the caller's to leave alone. Every rank keeps its own pieces, on the host, where they
-    take no room from what is tried. Inside, nothing is compiled, and a gradient that isn't finite is left out, whatever
-    ``faults`` says. An exception goes through with nothing put back: a rank that raises can't take part in it.
+    take no room from what is tried. Inside, nothing is compiled, and a gradient that isn't finite is left out, and none
+    for being large, whatever ``faults`` says. An exception goes through with nothing put back: a rank that raises can't take part in it.
     """
     engine, guard, memory = state.engine, state.guard, state.memory
     modes = [(module, module.training) for module in state.network.modules()]
     scaler, counts = engine.scaler_state(), engine.own_counts()
     undo = [_weights(engine), _optimizer(engine.bare_optimizer), _random_streams(engine.fabric.device)]
     state.guard, state.memory = engine.make_guard(), copy.copy(memory)
-    state.guard.config = replace(guard.config, nonfinite="skip")
+    state.guard.config, state.guard.spikes = replace(guard.config, nonfinite="skip"), None
     compilation = state.compilation  # its trial is still to come
     state.compilation = Compilation(state.fabric, replace(state.config, compile=CompileConfig()))
     with compilation.paused():

@@ -20,7 +20,6 @@ from fabric_trainer.engine import Engine
 from fabric_trainer.errors import BadGradientError, InputError
 from fabric_trainer.faults import Guard
 from fabric_trainer.launch import read_deepspeed
-from fabric_trainer.optim import check_elementwise
 from fabric_trainer.order import Accumulate, accumulation
 from fabric_trainer.portable import Fragment, Leaf, check_optimizer_names, put
 
@@ -124,7 +123,6 @@ class ZeroEngine(Engine):
 
     def set_up(self) -> None:
         fabric = self.fabric
-        check_elementwise(self.config.optim.name, "deepspeed")
         self.module = fabric.strategy.precision.convert_module(self.module).to(fabric.device)
         strategy: Any = fabric.strategy
         strategy.config.update(batch_config(self.config, fabric.world_size, self.accumulate))

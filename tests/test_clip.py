@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from toys import Regression, config
 
-from fabric_trainer.clip import clip_gradients, total_norm
+from fabric_trainer import fit
+from fabric_trainer.clip import clip_gradients, clip_units, total_norm
+from fabric_trainer.errors import InputError
+from fabric_trainer.state import State
 
 SHAPES = [(1,), (7,), (3, 5), (2, 3, 4), ()]
 
@@ -105,3 +110,73 @@ def test_gradients_of_several_dtypes():
     assert total.item() == pytest.approx(nn.utils.clip_grad_norm_(theirs, 1.0).item(), rel=1e-6)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+# ---- adaptive -------------------------------------------------------------------------------------------------------
+
+
+def plain_agc(weight: torch.Tensor, gradient: torch.Tensor, factor: float) -> torch.Tensor:
+    """Row by row, as the paper writes it."""
+    if weight.ndim < 2:
+        rows, wide = [gradient.clone()], [weight]
+    else:
+        rows, wide = [row.clone() for row in gradient], list(weight)
+    for row, own in zip(rows, wide, strict=True):
+        norm, limit = row.norm(), factor * max(own.norm().item(), 1e-3)
+        if norm > limit:
+            row *= limit / norm
+    return rows[0] if weight.ndim < 2 else torch.stack(rows)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([0.0, 1e-4, 1e-2, 1.0, 1e3]),
+    factor=st.floats(1e-3, 1.0),
+    shapes=st.lists(st.lists(st.integers(1, 6), max_size=4).map(tuple), min_size=1, max_size=6),
+)
+def test_adaptive_clipping_is_the_papers_row_by_row(seed, scale, factor, shapes):
+    ours = parameters(seed, scale, shapes, torch.float64)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for parameter in ours:
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    if len(ours) > 1:
+        ours[0].data.zero_()
+    expected = [plain_agc(parameter.data, parameter.grad, factor) for parameter in ours]
+    clip_units(ours, factor)
+    for parameter, gradient in zip(ours, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=0)
+
+
+def test_adaptive_clipping_leaves_what_is_small_enough_and_what_has_no_gradient():
+    ours, before = parameters(1, scale=1e-9), parameters(1, scale=1e-9)
+    for parameter in ours:
+        parameter.data.fill_(1.0)
+    ours[2].grad = before[2].grad = None
+    clip_units(ours, 0.01)
+    assert all(a.grad is b.grad or torch.equal(a.grad, b.grad) for a, b in zip(ours, before, strict=True))
+    clip_units([nn.Parameter(torch.ones(3))], 0.01)
+    half = parameters(2, 100.0, [(4, 3)], torch.bfloat16)
+    clip_units(half, 0.5)
+    assert half[0].grad.dtype == torch.bfloat16 and half[0].grad.float().norm(dim=1).amax() <= 0.5e-3 * 1.01
+
+
+def test_the_loop_logs_the_norm_before_adaptive_clipping_and_spares_the_exempt(fabric, tmp_path):
+    def trained(folder: str, **changes) -> tuple[float, State]:
+        (tmp_path / folder).mkdir()
+        keys = {"run.max_epochs": None, "run.max_steps": 2, "optim.name": "sgd", "optim.lr": 1.0}
+        state = fit(fabric, Regression(), config(**(keys | changes)), tmp_path / folder)
+        with open(tmp_path / folder / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+        return float(rows[0]["grad_norm"]), state
+
+    plain, _ = trained("plain")
+    clipped, state = trained("agc", **{"clip.agc": 1e-3, "clip.agc_exempt": ["3"]})
+    assert clipped == plain
+    start = State(fabric, Regression(), config()).module.state_dict()
+    moved = {name: (value - start[name]).norm() for name, value in state.module.state_dict().items()}
+    # two updates at rate 1, each of a thousandth of the norm; the head as far as before
+    assert moved["0.weight"] < 2.1e-3 * start["0.weight"].norm()
+    assert moved["3.weight"] > 0.1 and moved["3.bias"] > 0.1
+    with pytest.raises(InputError, match=r"clip\.agc_exempt: 33 meets no parameter; did you mean 3"):
+        State(fabric, Regression(), config(**{"clip.agc": 0.1, "clip.agc_exempt": ["33"]}))

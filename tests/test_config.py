@@ -420,3 +420,33 @@ def test_where_data_lies(monkeypatch):
     monkeypatch.setenv("FABRIC_TRAINER_DATA", "/scratch")
     assert data_root(changed()) == Path("/scratch")
     assert data_root(changed(data__root="~/here")) == Path("/home/someone/here")
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("clip: {norm: 1, agc: 0.01}", "clip.norm and clip.agc are both set"),
+        ("clip: {agc: 0}", "clip.agc must be above 0"),
+        ("clip: {agc_exempt: [head]}", "clip.agc_exempt"),
+        ("faults: {spike: 1}", "faults.spike must be above 1"),
+        ("faults: {spike: 5, spike_warmup: 0}", "faults.spike_warmup"),
+        ("optim: {lookahead: {k: 0}}", "optim.lookahead.k"),
+        ("optim: {lookahead: {alpha: 1.5}}", "optim.lookahead.alpha"),
+        ("optim: {lookahead: {alfa: 0.5}}", "alfa"),
+        ("optim: {sam: {rho: 0}}", "optim.sam.rho"),
+        ("optim: {muon: {lr: 0.1}}", "optim.muon is for optim.name: muon_hybrid"),
+        ("optim: {name: muon_hybrid, muon: {adjust_lr_fn: spectral}}", "optim.muon.adjust_lr_fn"),
+        ("optim: {name: muon_hybrid, muon: {matrices: some}}", "optim.muon.matrices"),
+        ("optim: {others: [{name: sgd}]}", "match must name patterns"),
+        ("optim: {others: [{match: [head], lrr: 1}]}", "lrr"),
+    ],
+)
+def test_wrong_optimizers_and_limits_are_named_in_one_line(tmp_path, text, named):
+    assert named in refusal(parsed, tmp_path, BASE + text)
+
+
+def test_several_optimizers_in_a_file_and_on_the_command_line(tmp_path):
+    text = "optim: {name: muon_hybrid, muon: {lr: 2e-2}, others: [{match: [head.*], name: sgd, args: {momentum: .9}}]}"
+    made = parsed(tmp_path, BASE + text, "--optim.lookahead={k: 7}", "--optim.sam.rho=0.1").optim
+    assert made.muon.lr == 0.02 and made.others[0].args == {"momentum": 0.9} and made.others[0].lr is None
+    assert (made.lookahead.k, made.lookahead.alpha, made.sam.rho) == (7, 0.5, 0.1)

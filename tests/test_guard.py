@@ -8,16 +8,21 @@ import signal
 import threading
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from toys import Points, Regression, config
 
 from fabric_trainer import fit
+from fabric_trainer.checkpoint import load
 from fabric_trainer.config import FaultsConfig
 from fabric_trainer.errors import INTERRUPTED, TRY_AGAIN, BadGradientError
 from fabric_trainer.faults import Agree, Agreement, Guard, StopSignals
 from fabric_trainer.order import Sequential
+from fabric_trainer.spikes import RunningNorm
 from fabric_trainer.state import State
 
 OPTIMIZERS = [
@@ -240,6 +245,125 @@ def test_a_window_without_weight_is_consumed_and_changes_nothing(fabric):
     assert (counters.window, counters.step, counters.samples) == (8, 6, 72)
     assert (counters.skipped, counters.empty) == (0, 2)
     assert_is_plain(state)
+
+
+# ---- spikes ---------------------------------------------------------------------------------------------------------
+
+
+def plain_verdicts(norms: list[float], factor: float, warmup: int) -> tuple[list[bool], float]:
+    mean, count, verdicts = 0.0, 0, []
+    for norm in norms:
+        spike = math.isfinite(norm) and count >= warmup and mean > 0 and norm > factor * mean
+        verdicts.append(spike)
+        if math.isfinite(norm):
+            taken = factor * mean if spike else norm
+            mean += max(1 - 0.97, 1 / (count + 1)) * (taken - mean)
+            count += 1
+    return verdicts, mean
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@given(
+    norms=st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 4.0, 40.0, math.inf, math.nan]), max_size=80),
+    factor=st.sampled_from([1.5, 3.0, 10.0]),
+    warmup=st.integers(1, 30),
+    cut=st.integers(0, 80),
+)
+def test_spikes_are_told_by_the_running_mean_also_over_a_resume(norms, factor, warmup, cut):
+    running, verdicts = RunningNorm(factor, warmup), []
+    for place, norm in enumerate(norms):
+        if place == cut:
+            saved = running.state_dict()
+            running = RunningNorm(factor, warmup)
+            running.load_state_dict(saved)
+        verdicts.append(bool(running.judge(torch.tensor(norm, dtype=torch.float64))))
+    expected, mean = plain_verdicts(norms, factor, warmup)
+    assert verdicts == expected and running.mean.item() == pytest.approx(mean, rel=1e-12)
+
+
+def test_a_lasting_rise_is_followed():
+    running = RunningNorm(3.0, 10)
+    assert not any(running.judge(torch.tensor(1.0)) for _ in range(40))
+    verdicts = [bool(running.judge(torch.tensor(4.0))) for _ in range(20)]
+    # the limit is 3 x 1.06^n, above 4 from n = 5 on
+    assert verdicts == [True] * 5 + [False] * 15
+
+
+class Spiked(Marked):
+    """As with NaN, but the rows of window 1 are a hundred times too large."""
+
+    def __init__(self) -> None:
+        super().__init__("nan")
+        self.points.x[17] = Points(48, 0).x[17]
+        self.points.y[12:24] *= 100
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_windows_with_a_spike_are_left_out_of_everything(fabric, on_device, capsys):
+    changes = settings(**{"faults.spike": 10.0, "faults.spike_warmup": 1})
+    state = State(fabric, Spiked(), changes)
+    state.guard = Guard(state.engine.optimizer, state.module, changes.faults, on_device=on_device)
+    fit(fabric, state.task, changes, state=state)
+    counters = state.counters
+    assert (counters.window, counters.step, counters.skipped, counters.spikes) == (8, 6, 2, 2)
+    assert_is_plain(state)
+    (first, _) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert first.startswith("window 1: gradient norm ") and ", the limit is " in first and "(1 of 10)" in first
+    norm, limit = first.split("norm ")[1].split(", the limit is ")
+    assert float(norm) > float(limit.partition(",")[0]) > 0
+
+
+def test_spikes_past_the_budget_end_the_run(fabric):
+    with pytest.raises(BadGradientError, match=r"or a spike, the last in window 5; faults\.budget allows 1"):
+        fit(fabric, Spiked(), settings(**{"faults.spike": 10.0, "faults.spike_warmup": 1, "faults.budget": 1}))
+
+
+def test_nonfinite_raise_still_skips_spikes(fabric):
+    changes = {"faults.spike": 10.0, "faults.spike_warmup": 1, "faults.nonfinite": "raise"}
+    assert fit(fabric, Spiked(), settings(**changes)).counters.spikes == 2
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_the_running_norm_survives_a_resume(fabric, tmp_path, stop):
+    changes = {"faults.spike": 10.0, "faults.spike_warmup": 1, "checkpoint.every": "1 steps", "checkpoint.keep_last": 9}
+    whole = fit(fabric, Spiked(), settings(**changes), tmp_path)
+    assert whole.counters.spikes == 2
+    saved = load(tmp_path / "checkpoints" / f"step-{stop:08d}.pt")
+    resumed = fit(fabric, Spiked(), settings(**changes), saved=saved)
+    assert resumed.guard.spikes.state_dict() == whole.guard.spikes.state_dict()
+    assert resumed.counters.spikes == 2
+    assert_same(dict(whole.module.state_dict()), dict(resumed.module.state_dict()))
+    del saved["states"]["spikes"], saved["counters"]["spikes"]  # of before there were any
+    assert State(fabric, Spiked(), settings(**changes), saved).guard.spikes.count == 0
+
+
+def test_a_spike_under_a_scaler_leaves_its_scale_alone():
+    """The scaler has unscaled by then: it must close the update, or would refuse to unscale the next."""
+    torch.manual_seed(0)
+    network = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    class Scaled:
+        def __init__(self) -> None:
+            self.optimizer = optimizer
+
+        def step(self) -> None:
+            scaler.step(optimizer)
+            scaler.update()
+
+    guard = Guard(Scaled(), network, FaultsConfig(spike=5.0, spike_warmup=1), scaler)
+    applied = []
+    for factor in (1.0, 1.0, 1000.0, 1.0, math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(network(torch.ones(4, 3)).sum() * factor).backward()
+        scaler.unscale_(optimizer)
+        before = network.weight.detach().clone()
+        guard.step(nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()]))
+        applied.append(guard.settle().applied)
+        assert torch.equal(network.weight, before) != applied[-1]
+    assert applied == [True, True, False, True, False, True]
+    assert scaler.get_scale() == 4.0, "lowered once, for what was not finite"
 
 
 # ---- agreement and signals ------------------------------------------------------------------------------------------

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
+from functools import partial
 
 import pytest
 import torch
+import torch_optimizer
 from lightning.fabric import Fabric
 from torch import nn
 from toys import Regression
@@ -16,6 +19,7 @@ from fabric_trainer import fit
 from fabric_trainer.config import OptimConfig
 from fabric_trainer.errors import InputError
 from fabric_trainer.optim import build_optimizer, optimizer_class, parameter_groups
+from fabric_trainer.portable import fetch, load_group_state, load_optimizer_state, optimizer_groups, optimizer_state
 
 TORCH = [
     "Adadelta",
@@ -152,6 +156,20 @@ def test_a_step_without_a_closure_argument_will_do(monkeypatch):
     assert isinstance(build_optimizer(network(), OptimConfig("noclosure"), "cpu"), NoClosure)
 
 
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("adahessian", "differentiates the gradient"),
+        ("torch_optimizer.Adahessian", "differentiates the gradient"),
+        ("sparseadam", "sparse gradients"),
+        ("lookahead", "optim.lookahead"),
+        ("swats", "learning rate"),
+    ],
+)
+def test_optimizers_that_the_loop_can_not_serve_are_refused_before_training(name, reason):
+    assert reason in refusal(build_optimizer, network(), OptimConfig(name), "cpu")
+
+
 # ---- groups ---------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +279,40 @@ def test_updates_of_torch_optimizers_are_theirs(name):
     expected = updated(theirs, cls(theirs.parameters(), lr=1e-2, weight_decay=0.0))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert not torch.equal(got[0], next(network().parameters()))
+
+
+REFUSED = {"Adahessian", "Lookahead", "SWATS"}
+LIST = sorted(name for name, cls in vars(torch_optimizer).items() if isinstance(cls, type) and name != "Optimizer")
+
+
+def test_the_list_is_the_packages_own():
+    assert set(OTHERS) | REFUSED < set(LIST) and len(LIST) == 30
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", LIST)
+def test_each_of_torch_optimizer_trains_and_resumes_bit_for_bit_or_is_refused(name, tmp_path, fabric):
+    """Through a file, as ``fit`` saves and loads it."""
+    path = f"torch_optimizer.{name}"
+    accepted = inspect.signature(getattr(torch_optimizer, name)).parameters
+    config = OptimConfig(path, lr=1e-2, args={"momentum": 0.9} if "momentum" in accepted else {})
+    if name in REFUSED:
+        refusal(build_optimizer, network(), config, "cpu")
+        return
+    whole, resumed = network(), network()
+    optimizer = build_optimizer(whole, config, "cpu")
+    updated(whole, optimizer)
+    names = [[name for name, _ in whole.named_parameters()]]
+    tree = {"state": optimizer_state(optimizer, whole), "groups": optimizer_groups(optimizer, names)}
+    torch.save({"model": whole.state_dict(), "optimizer": tree}, tmp_path / "saved.pt")
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    resumed.load_state_dict(saved["model"])
+    other = build_optimizer(resumed, config, "cpu")
+    load_optimizer_state(other, resumed, saved["optimizer"]["state"], partial(fetch, fabric))
+    load_group_state(other, saved["optimizer"]["groups"])
+    got, expected = updated(resumed, other, 3), updated(whole, optimizer, 3)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(got, network().parameters(), strict=True))
 
 
 def test_the_fused_kernel_is_used_unless_it_cannot_or_must_not():

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fabric_trainer.config import Config, WandbConfig, flatten, to_yaml
+from fabric_trainer.config import Config, LookaheadConfig, OtherConfig, SamConfig, WandbConfig, flatten, to_yaml
 from tools import reference
 
 
@@ -36,7 +36,13 @@ def test_every_key_has_one_row_its_default_and_a_meaning():
 
     found = rows(reference.PAGE.read_text())
     tree = yaml.safe_load(to_yaml(Config()))
-    expected = flatten(tree) | flatten({"loggers.wandb": vars(WandbConfig())})
+    inner = {
+        "loggers.wandb": WandbConfig(),
+        "optim.others": OtherConfig(),
+        "optim.lookahead": LookaheadConfig(),
+        "optim.sam": SamConfig(),
+    }
+    expected = flatten(tree) | flatten({key: vars(section) for key, section in inner.items()})
     assert found.keys() == expected.keys()
     for key, (_, default, meaning) in found.items():
         assert yaml.safe_load(default.strip("`")) == expected[key], key

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from fabric_trainer import run
 from fabric_trainer.command import Command
-from fabric_trainer.config import Config
+from fabric_trainer.config import Config, OptimConfig, OtherConfig
 from fabric_trainer.errors import InputError
 
 
@@ -71,9 +72,19 @@ def test_a_resume_keeps_what_the_run_began_with(place):
     assert run.read_status(folder)["created"] == began
 
 
-def test_configs_that_differ(place):
-    from dataclasses import asdict
+OTHER = OtherConfig(["head"], "sgd", lr=0.1)
 
+
+def test_the_rates_of_several_optimizers_may_change_and_older_checkpoints_know_none():
+    began, now = (Config(optim=OptimConfig(others=[replace(OTHER, lr=lr)])) for lr in (0.1, 0.2))
+    saved, told = asdict(began), []
+    run.compare_configs(saved, now, told.append)
+    assert len(told) == 1 and "optim.others" in told[0]
+    del saved["optim"]["others"], saved["optim"]["muon"]
+    run.compare_configs(saved, now, told.append)
+
+
+def test_configs_that_differ(place):
     saved, told = asdict(Config()), []
     place.optim.lr, place.schedule.name, place.run.root = 0.5, "cosine", "runs"
     run.compare_configs(saved, place, told.append)
@@ -81,11 +92,8 @@ def test_configs_that_differ(place):
         "resumed with another optim.lr: 0.5 (was 0.001)",
         "resumed with another schedule.name: cosine (was constant)",
     ]
-    for key, value in (("seed", 3), ("optim", "sgd")):
+    for key, value in (("seed", 3), ("optim", OptimConfig("sgd")), ("optim", OptimConfig(others=[OTHER]))):
         other = Config()
-        if key == "seed":
-            other.seed = value
-        else:
-            other.optim.name = value
+        setattr(other, key, value)
         with pytest.raises(InputError, match="a resume can't change it"):
             run.compare_configs(saved, other, told.append)

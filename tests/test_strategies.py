@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from rich.console import Console
 
-from fabric_trainer.config import Config, FabricConfig
+from fabric_trainer.config import Config, FabricConfig, LookaheadConfig, OtherConfig, SamConfig
 from fabric_trainer.errors import InputError
 from fabric_trainer.launch import STRATEGIES, Resolved
 from fabric_trainer.strategies import (
@@ -224,6 +224,14 @@ SHARDED = ("fsdp", "fsdp1", "tensor_parallel", "deepspeed")
 REFUSED = {
     "clip.value": (("deepspeed",), {"clip__value": 1.0}, {}, ("clip.norm",)),
     "clip.p": (("deepspeed",), {"clip__p": 1.0}, {}, ("2-norm", "1.0")),
+    "clip.agc": (("fsdp1", "deepspeed"), {"clip__agc": 0.01}, {}, ("clip.norm",)),
+    "faults.spike": (("deepspeed",), {"faults__spike": 5.0}, {}, ("fsdp1",)),
+    "optim.name: fsdp1": (("fsdp1",), {"optim__name": "muon_hybrid"}, {}, ("muon_hybrid", "adamw, adamax")),
+    "optim.name: deepspeed": (("deepspeed",), {"optim__name": "muon_hybrid"}, {}, ("muon_hybrid", "adamw")),
+    "optim.name": (("fsdp1", "deepspeed"), {"optim__others": [OtherConfig(["a"], "lamb")]}, {}, ("lamb",)),
+    "optim.others": (("deepspeed",), {"optim__others": [OtherConfig(["a"], "sgd")]}, {}, ("one optimizer",)),
+    "optim.lookahead": (("fsdp1", "deepspeed"), {"optim__lookahead": LookaheadConfig()}, {}, ("tensor_parallel can",)),
+    "optim.sam": (SHARDED, {"optim__sam": SamConfig()}, {}, ("single, ddp, ddp_spawn and ddp_notebook can",)),
     "fabric.strategy": (("fsdp1", "deepspeed"), {}, {"accelerator": "cpu"}, ("needs a GPU", "fsdp")),
     "checkpoint.sharded": (
         ("single", "ddp", "ddp_spawn", "ddp_notebook", "fsdp1", "deepspeed"),
