@@ -28,8 +28,9 @@ def untouched(state: State) -> Iterator[None]:
     """Inside, updates may be made; afterwards weights, buffers, moments, scaler and random streams are those of before.
 
     Counters, EMA and history are the caller's to leave alone. Every rank keeps its own pieces, on the host, where they
-    take no room from what is tried. Inside, nothing is compiled, and a gradient that isn't finite is left out, and none
-    for being large, whatever ``faults`` says. An exception goes through with nothing put back: a rank that raises can't take part in it.
+    take no room from what is tried. Inside, nothing is compiled; a gradient that isn't finite is left out, and none
+    for being large, whatever ``faults`` says. An exception goes through with nothing put back: a rank that raises
+    can't take part in it.
     """
     engine, guard, memory = state.engine, state.guard, state.memory
     modes = [(module, module.training) for module in state.network.modules()]
