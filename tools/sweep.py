@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 OWN = ("name", "run.root")  # keys that the sweep sets
-PATIENCE = 3  # failures in a row that end the sweep: the next would fail too
+PATIENCE = 5  # trials in a row without any use that end the sweep: the next would be the same
 
 
 class SweepError(RuntimeError):
@@ -84,9 +84,11 @@ def sweep(options: argparse.Namespace, keys: list[str]) -> int:
             arguments = [*base, *(f"--{key}={value}" for key, value in values.items())]
             state = Trial(study, trial, folder, arguments, options, stop, lock).run()
             write_csv(folder / "trials.csv", study, parameters, options.metric)
-            failures = failures + 1 if state == "failed" else 0
+            failures = failures + 1 if state in ("failed", "refused") else 0
             if failures == PATIENCE:
-                raise SweepError(f"{PATIENCE} trials in a row failed: see {folder}/trial-{trial.number:04d}.log")
+                raise SweepError(
+                    f"{PATIENCE} trials in a row failed or were refused: see {folder}/trial-{trial.number:04d}.log"
+                )
         write_plot(folder / "sweep.png", study, parameters, options.metric)
         _conclude(folder, study, base, options)
     return {0: FINISHED, signal.SIGINT: INTERRUPTED}.get(stop.signal, TRY_AGAIN)
@@ -200,7 +202,7 @@ class Trial:
         said = f"{self.options.metric} {value:.6g}" if value is not None else state
         values = " · ".join(f"{key} {_short(value)}" for key, value in self.trial.params.items())
         print(f"trial {self.trial.number}: {said} · {values}", flush=True)
-        if state == "failed":
+        if state in ("failed", "refused"):
             print(f"  {self._last_line() or signal.Signals(-code).name}", flush=True)
         return state
 
@@ -239,6 +241,8 @@ class Trial:
             return "pruned", None
         if self.stop.signal:
             return "stopped", None
+        if code == INPUT:  # its values don't go together: it counts, so that the sampler turns elsewhere
+            return "refused", None
         # the library's own lines on a gradient, or a weight, that isn't finite
         diverged = code == FAILED and "finite" in self._last_line() and self._last_line().startswith("error: ")
         return "diverged" if diverged else "failed", None

@@ -24,7 +24,7 @@ LONGEST = 12  # letters of a choice's label
 
 
 def state_of(trial: optuna.trial.FrozenTrial) -> str:
-    """finished, pruned, diverged, failed or stopped."""
+    """finished, pruned, diverged, refused, failed or stopped."""
     return str(trial.user_attrs.get("state", "stopped"))
 
 

@@ -64,6 +64,9 @@ if what == "grows" and not (folder / "small").exists():
 if what == "diverges":
     print("error: 11 updates had a gradient that was not finite, the last in window 9", file=sys.stderr)
     sys.exit(1)
+if what == "is refused":
+    print("error: schedule.warmup of 10 updates leaves none of the run's 10", file=sys.stderr)
+    sys.exit(2)
 if what == "fails":
     raise KeyError("a bug")
 if what == "is killed":
@@ -199,30 +202,24 @@ def test_a_sweep_and_all_that_it_leaves(home, capsys):
     assert "4 of 3 trials" in capsys.readouterr().out
 
 
-def test_the_other_end(home):
-    assert run("a", 2, "--mode", "max") == 0
-    for row in table(home / "runs/sweeps/a"):
-        losses = read_history(home / f"runs/sweeps/a/trial-000{row['trial']}").evaluations
-        assert float(row["val/loss"]) == losses[0]["val/loss"]
-
-
 def test_failed_ones_do_not_count_and_diverged_ones_do(home, capsys, monkeypatch):
-    becomes(monkeypatch, _0="diverges", _1="fails", _2="nan", _3="grows", _4="is killed")
-    assert run("a", 4) == 0
+    becomes(monkeypatch, _0="diverges", _1="fails", _2="nan", _3="grows", _4="is killed", _5="is refused")
+    assert run("a", 5) == 0
     rows = table(home / "runs/sweeps/a")
-    states = ["diverged", "failed", "diverged", "finished", "failed", "finished"]
+    states = ["diverged", "failed", "diverged", "finished", "failed", "refused", "finished"]
     assert [row["state"] for row in rows] == states
     assert [bool(row["val/loss"]) for row in rows] == [state == "finished" for state in states]
     out = capsys.readouterr().out
-    assert "KeyError: 'a bug'" in out and "SIGKILL" in out and "4 of 4 trials" in out
+    assert "KeyError: 'a bug'" in out and "SIGKILL" in out and "leaves none" in out and "5 of 5 trials" in out
 
 
-def test_three_failures_in_a_row_end_it(home, capsys, monkeypatch):
-    becomes(monkeypatch, _0="fails", _2="fails", _3="fails", _4="fails")
-    assert run("a", 5) == 1
-    assert "error: 3 trials in a row failed: see runs/sweeps/a/trial-0004.log" in capsys.readouterr().err
-    assert "a bug" in (home / "runs/sweeps/a/trial-0004.log").read_text()
-    assert run("a", 5) == 0  # again, as one may once it is mended
+def test_five_failures_in_a_row_end_it(home, capsys, monkeypatch):
+    becomes(monkeypatch, _1="fails", _2="is refused", _3="fails", _4="fails", _5="fails")
+    assert run("a", 9) == 1
+    assert (
+        "error: 5 trials in a row failed or were refused: see runs/sweeps/a/trial-0005.log" in capsys.readouterr().err
+    )
+    assert "a bug" in (home / "runs/sweeps/a/trial-0005.log").read_text()
 
 
 def test_a_metric_that_no_run_has(home, capsys):
@@ -251,13 +248,15 @@ def test_interrupted_and_continued_is_not_interrupted(home, capsys, monkeypatch)
     assert table(home / "runs/sweeps/again") == table(home / "runs/sweeps/whole")
 
 
-def test_one_at_a_time(home, capsys):
+def test_one_at_a_time_and_the_other_end(home, capsys):
     folder = home / "runs/sweeps/a"
     folder.mkdir(parents=True)
     with sweep._locked(folder):
         assert run("a", 1) == 2
     assert "runs/sweeps/a is in use" in capsys.readouterr().err
-    assert run("a", 1) == 0
+    assert run("a", 1, "--mode", "max") == 0
+    (row,), history = table(folder), read_history(folder / "trial-0000")
+    assert float(row["val/loss"]) == max(entry["val/loss"] for entry in history.evaluations)
 
 
 def test_no_labels_overlap():
@@ -316,7 +315,7 @@ def test_one_trial_is_the_run_that_it_prints(home, monkeypatch, capsys):
 def test_killed_in_the_middle_and_continued(home):
     """SIGKILL of the sweep, and of the trial that it leaves behind; what is there at the end is as without."""
     (home / "toy.yaml").write_text(
-        yaml.safe_dump(CONFIG | {"run": {"max_epochs": 300}, "checkpoint": {"every": "5 epochs"}})
+        yaml.safe_dump(CONFIG | {"run": {"max_epochs": 150}, "checkpoint": {"every": "5 epochs"}})
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "tests")}
 
@@ -332,11 +331,12 @@ def test_killed_in_the_middle_and_continued(home):
     while not list(checkpoints.glob("step-*.pt")):
         assert process.poll() is None
         time.sleep(0.02)
+    (pid,) = (int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _is_trial(pid, folder))
+    os.kill(pid, signal.SIGSTOP)  # so that it is there for as long as we like
     process.kill()
     process.wait()
     refused = go("again")
     assert refused.returncode == 2 and "a trial that a killed one has left running" in refused.stderr
-    (pid,) = (int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _is_trial(pid, folder))
     os.kill(pid, signal.SIGKILL)
     time.sleep(1)
     done = go("again")
