@@ -86,9 +86,8 @@ def sweep(options: argparse.Namespace, keys: list[str]) -> int:
             write_csv(folder / "trials.csv", study, parameters, options.metric)
             failures = failures + 1 if state in ("failed", "refused") else 0
             if failures == PATIENCE:
-                raise SweepError(
-                    f"{PATIENCE} trials in a row failed or were refused: see {folder}/trial-{trial.number:04d}.log"
-                )
+                log = f"{folder}/trial-{trial.number:04d}.log"
+                raise SweepError(f"{PATIENCE} trials in a row failed or were refused: see {log}")
         write_plot(folder / "sweep.png", study, parameters, options.metric)
         _conclude(folder, study, base, options)
     return {0: FINISHED, signal.SIGINT: INTERRUPTED}.get(stop.signal, TRY_AGAIN)
