@@ -120,7 +120,9 @@ class Compilation:
         return not fails
 
     def retreat(self, tell: Callable[[str], None]) -> bool:
-        """To eager if any rank's compiler has failed: a collective. Raises CompileError where that is not allowed."""
+        """To eager if any rank's compiler has failed, on all ranks. Raises CompileError where that is not allowed."""
+        if not self.active:
+            return False
         causes: list[Any] = [self.failure]
         if self.fabric.world_size > 1:
             causes = [None] * self.fabric.world_size

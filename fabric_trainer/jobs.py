@@ -205,6 +205,7 @@ def measure_checkpoint(fabric: Fabric, task: Task, command: Command, config: Con
     state, source = load_state(fabric, task, command.evaluate or "", command, config)
     fabric.print(source)
     metrics = measure(state, command.split)
+    state.compilation.retreat(fabric.print)
     if fabric.is_global_zero:
         for name, value in metrics.items():
             print(f"{name} {value!r}", flush=True)
@@ -225,6 +226,7 @@ def predict_to_file(fabric: Fabric, task: Task, command: Command, config: Config
     with average.applied() if average else nullcontext():
         table = predict(fabric, task, state.network, state.split(command.split))
         state.engine.refresh()
+    state.compilation.retreat(fabric.print)
     if fabric.is_global_zero:
         write(out, table)
         print(f"{len(table['index'])} predictions in {out}", flush=True)

@@ -103,6 +103,7 @@ def fit(
                 settle(state, record)
                 boundary.act(update.window.span)
             fabric.call("on_update_end", state=state, metrics=boundary.metrics)
+        compilation.retreat(record.print)  # from what failed in the last evaluation: to be told
         boundary.restore_best()
     fabric.barrier()
     fabric.call("on_fit_end", state=state, metrics=boundary.metrics)

@@ -262,6 +262,18 @@ def test_a_failure_in_an_evaluation_leaves_the_run_in_eager(fabric, capsys):
     assert len(said(capsys)) == 1 and len(graphs) == 2
 
 
+@pytest.mark.parametrize("require", [False, True])
+def test_a_failure_in_the_last_evaluation_is_told(fabric, capsys, require):
+    keys = {"compile.backend": "some", "compile.require": require, "evaluate.every": "100 steps", "run.max_steps": 2}
+    OK_FOR["graphs"] = 1
+    if require:
+        with pytest.raises(CompileError, match="OSError"):
+            trained(fabric, "blocks", **keys)
+    else:
+        trained(fabric, "blocks", **keys)
+        assert len(said(capsys)) == 1
+
+
 # ---- a compiler that works ------------------------------------------------------------------------------------------
 
 
