@@ -16,6 +16,7 @@ from fabric_trainer import checkpoint, run, sharded, slurm
 from fabric_trainer.batch import with_micro_batches
 from fabric_trainer.command import SUFFIXES, Command
 from fabric_trainer.config import BatchConfig, Config, EmaConfig, data_root
+from fabric_trainer.describe import describe as describe_run
 from fabric_trainer.duration import spoken
 from fabric_trainer.environment import describe
 from fabric_trainer.errors import FINISHED, TRY_AGAIN, InputError
@@ -263,7 +264,7 @@ def fast_dev_run(fabric: Fabric, task: Task, config: Config) -> int:
 def explain(state: State, choice: Choice | None) -> None:
     """The start-up summary, on rank 0."""
     if state.fabric.is_global_zero:
-        lines = state.describe()
+        lines = describe_run(state)
         if choice is not None:
             lines |= {"folder": str(choice.folder)}
             lines |= {"resumed from": str(choice.resume_from)} if choice.resume_from else {}

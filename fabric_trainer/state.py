@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,8 @@ from fabric_trainer.checkpoint import Snapshot, take_part
 from fabric_trainer.checks import check
 from fabric_trainer.compile import Compilation
 from fabric_trainer.config import Config, EmaConfig, FsdpConfig
-from fabric_trainer.duration import seconds, spoken
+from fabric_trainer.counters import Counters, EpochSums
+from fabric_trainer.duration import seconds
 from fabric_trainer.early_stopping import EarlyStopping
 from fabric_trainer.ema import EMA
 from fabric_trainer.engine import Engine, make_engine
@@ -34,46 +35,16 @@ from fabric_trainer.fsdp import check_resettable
 from fabric_trainer.history import History
 from fabric_trainer.lookahead import Lookahead
 from fabric_trainer.memory import Memory
-from fabric_trainer.order import Accumulate, First, Order, accumulation
+from fabric_trainer.order import Accumulate, First, Order
 from fabric_trainer.portable import fetch, load_group_state, optimizer_groups
 from fabric_trainer.profiler import Profiler
 from fabric_trainer.ranks import data_parallel
 from fabric_trainer.sam import Sam
-from fabric_trainer.several import kernels
 from fabric_trainer.sharded import SHARDS, Shards
 from fabric_trainer.summary import module_table
 from fabric_trainer.task import Task
 
 FORMAT = 1
-
-
-@dataclass
-class Counters:
-    """The only clocks of a run."""
-
-    window: int = 0  # windows consumed, skipped ones included: data position, epoch and random seeds follow
-    step: int = 0  # applied updates: schedules, EMA decay and every x-axis follow
-    samples: int = 0  # of applied updates, over all ranks
-    skipped: int = 0  # updates left out for a gradient that was not finite, or a spike
-    spikes: int = 0  # of these
-    empty: int = 0  # windows without any weight
-    seconds: float = 0.0  # of training, over all resumes
-
-
-@dataclass
-class EpochSums:
-    """The exact training sums of the epoch under way, over all ranks."""
-
-    weight: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-
-    def add(self, weight: float, sums: dict[str, float]) -> None:
-        self.weight += weight
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def means(self) -> dict[str, float]:
-        return {f"train_epoch/{name}": value / self.weight for name, value in self.sums.items() if self.weight}
 
 
 class State:
@@ -265,53 +236,6 @@ class State:
         self.accumulate = resolve_accumulate(batch, self.ranks.size)
         self.order = self._order()
         self.memory = Memory(self.order.micro_batch_size, self.memory.answer, self.memory.folder)
-
-    def describe(self) -> dict[str, str]:
-        """What the start-up summary says beside the modules."""
-        fabric, order, config, engine = self.fabric, self.order, self.config, self.engine
-        micro, ranks = order.micro_batch_size, self.ranks.size
-        first = accumulation(self.accumulate, 0, 0)
-        changes = "" if isinstance(self.accumulate, int) else f", then by {self.accumulate}"
-        precision = getattr(fabric.strategy.precision, "precision", config.fabric.precision)
-        corners = schedule.corners(self.share, config.schedule.warmup, self.steps)
-        return {
-            "effective batch": f"{micro} micro x {first} accumulate x {ranks} rank{'s' * (ranks > 1)}"
-            f" = {micro * first * ranks}{changes}",
-            "updates": f"{order.first_window(1)} in the first epoch, {self.steps} in all",
-            "samples": f"{order.length(0)} an epoch",
-            **self._limits(),
-            "schedule": f"{config.schedule.name}: "
-            + ", ".join(f"{share * max(self.peaks):.3g} at {step}" for step, share in corners.items()),
-            "optimizer": " + ".join(type(kernel).__name__ for kernel in kernels(engine.bare_optimizer))
-            + ", groups "
-            + ", ".join(
-                f"{group['name']} ({len(names)})"
-                for group, names in zip(engine.bare_optimizer.param_groups, engine.names, strict=True)
-            ),
-            "device": f"{fabric.device}, strategy {config.fabric.strategy}, precision {precision}",
-            **({"freezing": self.freezer.describe()} if self.freezer.parts else {}),
-            "compile": self.compilation.describe(),
-            "out of memory": self.memory.describe(),
-            "threads": str(torch.get_num_threads()),
-            "seed": str(config.seed),
-        }
-
-    def _limits(self) -> dict[str, str]:
-        """Lines of the summary, of what ends or limits the run beside its length."""
-        run, stopping, lines = self.config.run, self.config.early_stopping, {}
-        if run.overfit_batches is not None:
-            lines["overfit"] = f"the first {run.overfit_batches} updates of epoch 0 are the train and the val split"
-        if run.limit_train_batches is not None:
-            lines["train limit"] = f"{self.order.length(0)} of {self.order.plan.length(0)} samples in the first epoch"
-        if run.limit_val_batches is not None and self.val_set is not None:
-            val = self.split("val")
-            lines["val limit"] = f"{val.samples} of {val.whole} samples"
-        if run.max_time is not None:
-            lines["max time"] = spoken(self.most_minutes * 60)
-        if stopping.patience is not None:
-            monitor = stopping.monitor or self.config.checkpoint.monitor
-            lines["early stopping"] = f"after {stopping.patience} evaluations without a better {monitor}"
-        return lines
 
     # ---- checkpoint ---------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from toys import config as configured
 from fabric_trainer import fit
 from fabric_trainer.checkpoint import load
 from fabric_trainer.config import FaultsConfig, MuonConfig, OptimConfig, OtherConfig
+from fabric_trainer.describe import describe
 from fabric_trainer.errors import InputError
 from fabric_trainer.faults import Guard
 from fabric_trainer.muon import Muon
@@ -288,7 +289,7 @@ def test_a_resume_of_several_is_bit_equal(fabric, tmp_path):
 
 def test_the_summary_names_all_and_rates_are_logged_by_group(fabric):
     state = fit(fabric, Blocks(48), settings(**{"run.max_steps": 1}))
-    assert state.describe()["optimizer"].startswith(
+    assert describe(state)["optimizer"].startswith(
         "AdamW + SGD + Muon, groups decay (2), no_decay (2), sgd (1), muon (1)"
     )
     assert state.set_learning_rate().keys() == {"lr/decay", "lr/no_decay", "lr/sgd", "lr/muon"}

@@ -24,6 +24,7 @@ from fabric_trainer import Batch, Loss, Task, cli, fit, jobs
 from fabric_trainer.batch import resolve_accumulate, with_micro_batches
 from fabric_trainer.checkpoint import load
 from fabric_trainer.config import BatchConfig
+from fabric_trainer.describe import describe
 from fabric_trainer.errors import InputError
 from fabric_trainer.order import accumulation
 from fabric_trainer.state import State
@@ -417,7 +418,7 @@ def test_above_k_rows_the_run_is_that_of_k_rows(fabric, tmp_path, limit):
     kept = {1: 1, 3: 2, 6: 4}[limit]
     assert split.memory.rows == kept and max(task.tried[-10:]) == kept, "the smaller size is kept"
     assert sum(rows > limit for rows in task.tried) == split.memory.halvings, "each size is tried once"
-    assert split.describe()["out of memory"] == f"split, {kept} rows a forward: 8 did not fit"
+    assert describe(split)["out of memory"] == f"split, {kept} rows a forward: 8 did not fit"
     saved = load(tmp_path / "checkpoints" / "last.pt")
     resumed = State(fabric, task, config(**plain | {"batch.micro_batch_size": 8}), saved)
     assert resumed.memory.rows == kept, "a resume splits as the run did: dropout depends on it"
