@@ -103,6 +103,9 @@ def prepare(folder: Path) -> Callable[[str], Path]:
             if strategy != "deepspeed3":  # which can't
                 fixed = document(strategy, freeze={"strategy": "fixed"}, run={"max_steps": 1}, **steady)
                 jobs["probing"] = {"config": fixed}
+            if strategy in ("single", "ddp", "fsdp", "tensor_parallel"):
+                few = {"run": {"max_steps": 6}, "evaluate": {"every": "100 steps"}}
+                jobs["optimizers"] = {"config": document(strategy, **few)}
             if strategy in COMPILING:
                 jobs["compiled"] = compiled(strategy)
             if strategy == "fsdp":

@@ -6,6 +6,7 @@ The jobs are the functions below; each rank leaves what it found in FOLDER/<stra
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -33,7 +34,7 @@ from fabric_trainer import Config, checkpoint, fit
 from fabric_trainer import state as state_module
 from fabric_trainer.cli import make_task
 from fabric_trainer.command import load
-from fabric_trainer.config import CompileConfig, EarlyStoppingConfig, TaskConfig
+from fabric_trainer.config import CompileConfig, EarlyStoppingConfig, LookaheadConfig, MuonConfig, SamConfig, TaskConfig
 from fabric_trainer.errors import CompileError
 from fabric_trainer.memory import in_use
 from fabric_trainer.portable import Leaf, local, shared, whole
@@ -173,6 +174,29 @@ def memory(fabric: Fabric, config: Config, folder: Path) -> dict[str, Any]:
     checkpoint.whole = whole
     sizes = [whole(leaf).nbytes for leaf in state.engine.weights().values()]
     return {"most": live.most, "largest": max(sizes), "all": sum(sizes), "live": live.now}
+
+
+def optimizers(fabric: Fabric, config: Config, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Six updates each: the weights, and Lookahead's slow ones."""
+    cases: dict[str, dict[str, Any]] = {
+        "muon": {"optim": {"name": "muon_hybrid", "muon": MuonConfig(lr=0.05), "lookahead": LookaheadConfig(2)}},
+        "all matrices": {"optim": {"name": "muon_hybrid", "muon": MuonConfig("all", args={"nesterov": False})}},
+        "adaptive clipping": {"clip": {"norm": None, "agc": 0.02, "agc_exempt": ["head"]}},
+        "sam": {"optim": {"sam": SamConfig(0.2)}},
+    }
+    if config.fabric.strategy not in ("auto", "ddp"):
+        del cases["sam"]
+    found = {}
+    for name, sections in cases.items():
+        own = copy.deepcopy(config)
+        for section, keys in sections.items():
+            for key, value in keys.items():
+                setattr(getattr(own, section), key, value)
+        state = fit(fabric, make_task(own), own)
+        slow = state.lookahead.slow if state.lookahead else {}
+        leaves = state.engine.weights() | {f"slow {key}": leaf for key, leaf in slow.items()}
+        found[name] = {key: whole(leaf).clone() for key, leaf in leaves.items()}
+    return found
 
 
 def drawn(fabric: Fabric, config: Config, folder: Path) -> dict[str, Tensor]:
