@@ -128,6 +128,9 @@ def _update(state: State, batch: Batch) -> int:
     state.guard.before_forward()
     with accumulating(state.fabric, state.network, _recovers(state)):
         backward(state, update)
+        if state.sam is not None:
+            with state.sam.uphill():
+                backward(state, update)
     state.guard.step(state.engine.clip())
     state.guard.settle()
     state.engine.drop_gradients()

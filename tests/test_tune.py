@@ -23,7 +23,7 @@ from toys import Points, Regression, config
 from fabric_trainer import Batch, Loss, Task, cli, fit, jobs
 from fabric_trainer.batch import resolve_accumulate, with_micro_batches
 from fabric_trainer.checkpoint import load
-from fabric_trainer.config import BatchConfig
+from fabric_trainer.config import BatchConfig, LookaheadConfig, SamConfig
 from fabric_trainer.describe import describe
 from fabric_trainer.errors import InputError
 from fabric_trainer.order import accumulation
@@ -261,6 +261,7 @@ FINDERS: dict[str, Callable[[State], Any]] = {
 @pytest.mark.parametrize("resumed", [False, True])
 def test_everything_is_as_before_and_the_run_the_same(fabric, tmp_path, finder, optimizer, resumed):
     changes = HARD | {"optim.name": optimizer, "optim.args": {"momentum": 0.9} if optimizer == "sgd" else {}}
+    changes |= {"optim.sam": SamConfig(), "optim.lookahead": LookaheadConfig(k=2)} if optimizer == "adamw" else {}
     if resumed:
         fit(fabric, Limited(), config(**changes | {"run.max_epochs": 1}), tmp_path)
     path = tmp_path / "checkpoints" / "last.pt"
