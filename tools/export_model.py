@@ -83,10 +83,13 @@ def load(path: Path, weights: str, how: str | None, split: str, keys: Sequence[s
     network.load_state_dict(state)
     model = Model(network, fresh, state, record_calls(task, network, dataset, config.seed), notes)
     if how:
-        before = measure(task, dataset, config, network)
+        fabric = Fabric(accelerator="cpu", devices=1)
+        rows = config.evaluate.micro_batch_size or saved["batch"]["micro_batch_size"]
+        metrics = partial(evaluate, fabric, task, split=Split(fabric, task, dataset, rows, config.seed))
+        before = metrics(network=network)
         model.stored, model.notes["quantize"] = quantize(network, state, how), how
         network.load_state_dict(restore(model.stored))
-        show(split, how, before, measure(task, dataset, config, network))
+        show(split, how, before, metrics(network=network))
         print(f"weights: {size(state):,} bytes, in {how} {size(model.stored):,}")
     return model
 
@@ -162,13 +165,6 @@ def cloned(tree: Any) -> Any:
 
 
 # ---- quantized or not ---------------------------------------------------------------------------------------------
-
-
-def measure(task: Task, dataset: Dataset[Any], config: Config, network: nn.Module) -> dict[str, float]:
-    """The metrics of the whole split, as ``--evaluate`` has them."""
-    rows = config.evaluate.micro_batch_size or config.batch.micro_batch_size
-    fabric = Fabric(accelerator="cpu", devices=1)
-    return evaluate(fabric, task, network, Split(fabric, task, dataset, rows, config.seed))
 
 
 def show(split: str, how: str, before: dict[str, float], after: dict[str, float]) -> None:

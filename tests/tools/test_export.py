@@ -318,6 +318,11 @@ def test_metrics_before_and_after(home, tmp_path, capsys):
 
 def test_what_does_not_fit_in_half_precision(home, tmp_path, capsys):
     saved = checkpoint(home, "reg")
+    saved["config"]["batch"] |= {"micro_batch_size": "auto", "global_batch_size": 4}  # what was found is beside it
+    saved["model"]["4.weight"][1, 3] = 60000.0
+    torch.save(saved, tmp_path / "auto.pt")
+    arguments = [str(tmp_path / "auto.pt"), "--format", "state_dict", "--quantize", "fp16"]
+    assert main([*arguments, "--out", str(tmp_path / "b.pt")]) == 0
     saved["model"]["4.weight"][1, 3] = -70000.0
     torch.save(saved, tmp_path / "large.pt")
     arguments = [str(tmp_path / "large.pt"), "--format", "state_dict", "--out", str(tmp_path / "a.pt")]
