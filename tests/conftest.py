@@ -35,8 +35,9 @@ def _two_threads() -> None:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Callable[[str], Path]:
-    """trained(strategy): the folder of its run, ``run``; each strategy is launched once, for all tests that ask."""
+def trained(tmp_path_factory) -> Callable[..., Path]:
+    """trained(strategy): the folder of its run, ``run``; each strategy is launched once, for all tests that ask.
+    trained(strategy, controls=True): with the runs that show freezing, averages, finders and so on."""
     from launches import prepare
 
     return prepare(tmp_path_factory.mktemp("strategies"))

@@ -375,7 +375,7 @@ def file(tmp_path_factory) -> Path:
 numbers = st.floats(1e-12, 1e12)
 
 
-@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])  # a load takes 0.2 s
+@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])  # a load takes 0.2 s
 @given(
     lr=numbers,
     args=st.dictionaries(st.from_regex("[a-z_]{1,8}", fullmatch=True), st.one_of(numbers, st.booleans(), st.none())),

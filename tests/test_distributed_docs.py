@@ -197,6 +197,7 @@ def test_a_deepspeed_configuration_of_tutorials_trains_as_it_stands(two):
     assert "precision bf16-mixed" in two.said
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_spawned_processes(tmp_path):
     (snippet,) = (text for text in SNIPPETS if "ddp_spawn" in text)
@@ -207,6 +208,7 @@ def test_spawned_processes(tmp_path):
     assert f"x {CPUS} ranks" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_notebooks_cell(tmp_path):
     (furnish(tmp_path) / "cell.py").write_text(f"{NOTEBOOK}\nprint('code', code)")

@@ -21,10 +21,13 @@ from tools import chaos
 
 
 @pytest.mark.timeout(900)
-def test_twenty_kills_change_nothing(tmp_path):
-    runs, bad, hits = chaos.rampage(tmp_path, kills=20, seed=1)
-    assert sum(hits.values()) == 20 and bad == 0, f"{bad} of {runs} runs ended differently"
-    assert hits.get("in a save", 0) >= 3, f"too few kills fell into a save: {hits}"
+@pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_change_nothing(tmp_path, kills):
+    runs, bad, hits = chaos.rampage(tmp_path, kills=kills, seed=1)
+    assert sum(hits.values()) == kills and bad == 0, f"{bad} of {runs} runs ended differently"
+    assert hits.get("in a save", 0) >= kills // 6, f"too few kills fell into a save: {hits}"
+    if kills < 20:
+        return
     # the logs tell that one epoch was killed more than once
     resumed = re.findall(r"step-(\d+)\.pt", (tmp_path / "killed-0.log").read_text())
     epochs = [int(step) // 26 for step in resumed]

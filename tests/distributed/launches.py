@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
-from systems import document
+from systems import STRATEGIES, document
 
 AVERAGES: dict[str, Any] = {  # six updates whose averages are followed
     "run": {"max_steps": 6},
@@ -23,6 +24,8 @@ AVERAGES: dict[str, Any] = {  # six updates whose averages are followed
 }
 HERE = Path(__file__).resolve().parent
 COMPILING = ("ddp", "fsdp")
+QUICK = ("single", "ddp", "fsdp", "deepspeed2")  # whose controls are tested in every run of the tests
+CONTROLLED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES]
 COMPILED: dict[str, dict[str, Any]] = {  # the section ``compile``; systems.py has the backends
     "eager": {},
     "whole": {"scope": "whole", "backend": "counted"},
@@ -73,54 +76,65 @@ def finders(strategy: str) -> dict[str, Any]:
     return {"config": document(strategy, task=task, tune={"updates": 20}), "sizes": [1, 2, 3, 4, 5]}
 
 
-def prepare(folder: Path) -> Callable[[str], Path]:
-    """A function that gives a strategy's folder, after one launch with the jobs that need no other strategy."""
+def prepare(folder: Path) -> Callable[..., Path]:
+    """A function that gives a strategy's folder, after a launch with the jobs that need no other strategy; with
+    ``controls=True`` also those of ``controls``."""
     done: set[str] = set()
     failed: dict[str, AssertionError] = {}
 
-    def launch(strategy: str) -> Path:
-        if strategy in failed:
-            raise failed[strategy]  # not once more for every test that asks
-        if strategy not in done:
-            quiet = {"run": {"log_every_n_steps": 100}, "evaluate": {"every": "100 steps"}}
-            jobs: dict[str, Any] = {
-                "train": {},
-                "collectives": {"config": document(strategy, **quiet, checkpoint={"every": "100 steps"})},
-                "recompute": {
-                    "config": document(
-                        strategy, task={"args": {"dropout": 0.3}}, schedule={"warmup": 0}, run={"max_steps": 3}
-                    )
-                },
-                "memory": {},
-                "averages": {"config": document(strategy, **AVERAGES)},
-                "ends": {"config": ending(document(strategy))},
-                "finders": finders(strategy),
-            }
-            frozen = {"strategy": "schedule", "schedule": {0: [], 4: ["blocks.1"], 7: ["blocks.*", "embed"]}}
-            steady = {"task": {"path": "systems.Normed"}, "schedule": {"name": "constant", "warmup": 0}}
-            thawing = document(strategy, freeze=frozen, **steady)
-            jobs["freezing"] = {"config": thawing, "resumes": [3, 4, 7, 8]}
-            if strategy != "deepspeed3":  # which can't
-                fixed = document(strategy, freeze={"strategy": "fixed"}, run={"max_steps": 1}, **steady)
-                jobs["probing"] = {"config": fixed}
-            if strategy in ("single", "ddp", "fsdp", "tensor_parallel"):
-                few = {"run": {"max_steps": 6}, "evaluate": {"every": "100 steps"}}
-                jobs["optimizers"] = {"config": document(strategy, **few)}
-            if strategy in COMPILING:
-                jobs["compiled"] = compiled(strategy)
-            if strategy == "fsdp":
-                jobs["sync_after_accumulation"] = {}
-            if strategy == "ddp":
-                jobs["profile"] = {}
+    def launch(strategy: str, jobs: dict[str, Any], key: str) -> None:
+        if key in failed:
+            raise failed[key]  # not once more for every test that asks
+        if key not in done:
             try:
                 run_worker(folder, strategy, jobs)
             except AssertionError as error:
-                failed[strategy] = error
+                failed[key] = error
                 raise
-            done.add(strategy)
+            done.add(key)
+
+    def trained(strategy: str, controls: bool = False) -> Path:
+        together = strategy in QUICK
+        launch(strategy, basics(strategy) | (control(strategy) if together else {}), strategy)
+        if controls and not together:
+            launch(strategy, control(strategy), f"{strategy} controls")
         return folder / strategy
 
-    return launch
+    return trained
+
+
+def basics(strategy: str) -> dict[str, Any]:
+    """Jobs that show a strategy's updates."""
+    quiet = {"run": {"log_every_n_steps": 100}, "evaluate": {"every": "100 steps"}}
+    dropout = {"task": {"args": {"dropout": 0.3}}, "schedule": {"warmup": 0}, "run": {"max_steps": 3}}
+    jobs: dict[str, Any] = {
+        "train": {},
+        "collectives": {"config": document(strategy, **quiet, checkpoint={"every": "100 steps"})},
+        "recompute": {"config": document(strategy, **dropout)},
+        "memory": {},
+    }
+    return jobs | ({"sync_after_accumulation": {}} if strategy == "fsdp" else {})
+
+
+def control(strategy: str) -> dict[str, Any]:
+    """Jobs that show what is controlled beside: averages, the end, freezing, finders, optimizers, the compiler."""
+    frozen = {"strategy": "schedule", "schedule": {0: [], 4: ["blocks.1"], 7: ["blocks.*", "embed"]}}
+    steady = {"task": {"path": "systems.Normed"}, "schedule": {"name": "constant", "warmup": 0}}
+    jobs: dict[str, Any] = {
+        "averages": {"config": document(strategy, **AVERAGES)},
+        "ends": {"config": ending(document(strategy))},
+        "finders": finders(strategy),
+        "freezing": {"config": document(strategy, freeze=frozen, **steady), "resumes": [3, 4, 7, 8]},
+    }
+    if strategy != "deepspeed3":  # which can't
+        fixed = document(strategy, freeze={"strategy": "fixed"}, run={"max_steps": 1}, **steady)
+        jobs["probing"] = {"config": fixed}
+    if strategy in ("single", "ddp", "fsdp", "tensor_parallel"):
+        few = {"run": {"max_steps": 6}, "evaluate": {"every": "100 steps"}}
+        jobs["optimizers"] = {"config": document(strategy, **few)}
+    if strategy in COMPILING:
+        jobs["compiled"] = compiled(strategy)
+    return jobs | ({"profile": {}} if strategy == "ddp" else {})
 
 
 def compiled(strategy: str, **sections: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launches import results, run_worker
+from launches import CONTROLLED, results, run_worker
 from lightning.fabric.utilities.seed import seed_everything
 from systems import LARGER, STRATEGIES, Masked
 
@@ -113,9 +113,9 @@ def test_the_gradient_collectives_are_those_that_the_algorithm_needs(trained):
     assert found["deepspeed3"][0] == 3 + 2
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", CONTROLLED)
 def test_all_ranks_end_early_together_with_the_best_weights(trained, strategy):
-    ends_early(trained("single"), trained(strategy), tolerance(strategy))
+    ends_early(trained("single"), trained(strategy, controls=True), tolerance(strategy))
 
 
 def ends_early(one: Path, here: Path, bound: float) -> None:
@@ -165,9 +165,9 @@ def test_gradients_are_exchanged_after_fabrics_context_said_nothing(trained):
         assert rank["gradients"] and all(rank["gradients"])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", CONTROLLED)
 def test_averages_in_pieces_are_those_of_whole_weights_bit_for_bit(trained, strategy):
-    assert_exact_averages(results(trained(strategy).parent, strategy, "averages"))
+    assert_exact_averages(results(trained(strategy, controls=True).parent, strategy, "averages"))
 
 
 def assert_exact_averages(ranks: list[Any]) -> None:
@@ -178,10 +178,10 @@ def assert_exact_averages(ranks: list[Any]) -> None:
     assert ranks[0]["snapshots"] == [3, 6] and ranks[0]["saved"] == ["power_0.1"]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", CONTROLLED)
 def test_the_finders_leave_no_trace(trained, strategy):
     """A run after both ends with the bits of one without: weights, averages, moments, data and dropout."""
-    here = trained(strategy)
+    here = trained(strategy, controls=True)
     ranks = results(here.parent, strategy, "finders")
     whole, one = checkpoint_of(here), results(here.parent, "single", "finders")[0] if trained("single") else {}
     for tree in TREES:
@@ -204,6 +204,7 @@ def after_five(one: Path) -> list[int]:
     return sorted(index for forward in rank["seen"][forwards:] for index in forward)
 
 
+@pytest.mark.slow
 def test_a_network_built_without_memory_is_drawn_block_by_block(trained):
     """As one process draws it that calls the modules' reset_parameters() in the order of the blocks."""
     here = trained("fsdp")
@@ -248,7 +249,7 @@ def resumed(trained, target: str, sources: list[str]) -> None:
 RING = list(STRATEGIES)
 
 
-@pytest.mark.parametrize("target", OTHERS)
+@pytest.mark.parametrize("target", [*CONTROLLED[1:-1], "deepspeed3"])
 def test_continues_what_one_process_and_the_strategy_before_it_saved(trained, target):
     resumed(trained, target, sorted({"single", RING[RING.index(target) - 1]}))
 

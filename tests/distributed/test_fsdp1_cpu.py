@@ -38,7 +38,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from fabric_trainer import fsdp1, strategies
 from fabric_trainer.checkpoint import load
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(600)]
 FABRIC = {"strategy": "fsdp1", "precision": "32-true"}
 BOUND = 1e-6  # FSDPPrecision has no float64
 # weights stay gathered after a forward, in units by size; elements are clipped, and the largest is the norm
@@ -110,7 +110,6 @@ def test_continues_what_one_process_saved(trained, here):
     assert_same_state(checkpoint_of(one), checkpoint_of(here, run="from single"), BOUND)
 
 
-@pytest.mark.slow
 def test_one_process_continues_what_it_saved(trained, here, tmp_path):
     one, path = trained("single"), here / "run/checkpoints/step-00000005.pt"
     run_worker(tmp_path, "single", {"resume": {"sources": {"fsdp1": str(path)}}})
@@ -118,7 +117,6 @@ def test_one_process_continues_what_it_saved(trained, here, tmp_path):
     assert_same_state(checkpoint_of(one), checkpoint_of(tmp_path / "single", run="from fsdp1"), BOUND)
 
 
-@pytest.mark.slow
 def test_activation_checkpointing_changes_no_bit(here):
     for ranks in results(here.parent, "fsdp1", "recompute"):
         assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
@@ -130,7 +128,6 @@ def test_a_checkpoint_is_gathered_one_tensor_at_a_time(here):
         assert rank["live"] == 0
 
 
-@pytest.mark.slow
 def test_shards_of_the_optimizer_alone_and_clipping_by_value(here, tmp_path):
     run_worker(tmp_path, "single", {"faulty": {"cases": {"whole": {}}, "config": document("single", clip=CLIP)}})
     one = tmp_path / "single"
@@ -138,7 +135,6 @@ def test_shards_of_the_optimizer_alone_and_clipping_by_value(here, tmp_path):
     assert_same_log(logged(one, "whole"), logged(here, "whole"), BOUND)
 
 
-@pytest.mark.slow
 def test_on_one_device_nothing_is_sharded(trained, tmp_path):
     launch(tmp_path, {"train": {}}, fabric={"devices": 1})
     assert_same_state(checkpoint_of(trained("single")), checkpoint_of(tmp_path / "fsdp1"), BOUND)

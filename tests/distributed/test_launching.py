@@ -217,10 +217,10 @@ def assert_same(reference: dict, run: Path) -> None:
 # ---- every launcher -------------------------------------------------------------------------------------------------
 
 WAYS = (
-    *(python, fabric_run, srun_named, two_agents_static),
+    *(python, fabric_run, srun_named),
     *(
         pytest.param(way, marks=pytest.mark.slow)
-        for way in (torchrun_here, addresses_by_hand, spawn, kubeflow, two_agents_c10d)
+        for way in (torchrun_here, addresses_by_hand, two_agents_static, spawn, kubeflow, two_agents_c10d)
     ),
 )
 
@@ -267,6 +267,7 @@ def test_whose_rank_it_is(monkeypatch, variables, world):
     assert resolve(FabricConfig(accelerator="cpu", devices=devices)).world_size == world
 
 
+@pytest.mark.slow
 def test_a_notebook_trains_twice_and_hears_of_errors(folder, reference):
     """In one process that forks: the cell goes on after an error."""
     (folder / "notebook.py").write_text(NOTEBOOK)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from launches import results
+from launches import QUICK, results
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 CASES = {"ddp": 4, "fsdp": 3, "tensor_parallel": 3}
 
 
-@pytest.mark.parametrize("strategy", CASES)
+@pytest.mark.parametrize("strategy", [pytest.param(k, marks=[pytest.mark.slow] * (k not in QUICK)) for k in CASES])
 def test_optimizers_are_those_of_one_process(trained, strategy):
     (one,) = results(trained("single").parent, "single", "optimizers")
-    ranks = results(trained(strategy).parent, strategy, "optimizers")
+    ranks = results(trained(strategy, controls=True).parent, strategy, "optimizers")
     for found in ranks:
         assert len(found) == CASES[strategy]
         for case, weights in found.items():

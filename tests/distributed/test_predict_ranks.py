@@ -79,7 +79,7 @@ CASES = {
 }
 
 
-SLOW = ("a rank that has only padding", "fsdp x tensor_parallel")
+SLOW = ("a rank that has only padding", "ddp", "fsdp x tensor_parallel")
 MARKED = [pytest.param(*case, id=key, marks=[pytest.mark.slow] * (key in SLOW)) for key, case in CASES.items()]
 
 
@@ -94,6 +94,7 @@ def test_several_ranks_write_what_one_writes(folder, name, ranks, options):
     np.testing.assert_allclose(y, read(folder / "one.npz")[2], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_wrong_input_ends_all_ranks(folder):
     done = start(folder, "--predict", "last", "--out", "y.txt", "--fabric.devices", "2")
     assert done.returncode == 2 and "Traceback" not in done.stderr
