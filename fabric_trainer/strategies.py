@@ -165,11 +165,20 @@ def count_devices(config: FabricConfig) -> int:
 
 def check_strategy(config: Config, resolved: Resolved) -> None:
     """Raise InputError, in one line, for what the strategy can't do; cheap, and before any data is read."""
+    kinds = (_of_devices, _of_updates, _of_state, _of_network)
+    for refused, line in (pair for kind in kinds for pair in kind(config, resolved)):
+        if refused:
+            raise InputError(line)
+
+
+Refusals = list[tuple[bool, str]]  # (whether it is refused, the line that says so)
+
+
+def _of_devices(config: Config, resolved: Resolved) -> Refusals:
+    """Where it runs, and in which precision."""
     name, row, fabric = resolved.strategy, TABLE[resolved.strategy], config.fabric
     world, size, precision = resolved.world_size, resolved.tensor_parallel_size, resolved.precision
-    optim = config.optim
-    flat = [other for other in (optim.name, *(o.name for o in optim.others)) if other.lower() not in ELEMENTWISE]
-    refusals = [
+    return [
         (name == "single" and world > 1, f"fabric.strategy: single is for one device, not {world}"),
         (
             resolved.accelerator == "mps" and name != "single",
@@ -189,6 +198,14 @@ def check_strategy(config: Config, resolved: Resolved) -> None:
             f"fabric.tensor_parallel_size of {size} is for tensor_parallel and fsdp, not for {name}",
         ),
         (world % size > 0, f"fabric.tensor_parallel_size of {size} does not divide the {world} processes"),
+    ]
+
+
+def _of_updates(config: Config, resolved: Resolved) -> Refusals:
+    """Clipping, skipping and stepping."""
+    name, row, optim = resolved.strategy, TABLE[resolved.strategy], config.optim
+    flat = [other for other in (optim.name, *(o.name for o in optim.others)) if other.lower() not in ELEMENTWISE]
+    return [
         (
             config.clip.value is not None and not row.clip_value,
             f"clip.value: {name} clips by the norm alone; set clip.norm",
@@ -217,6 +234,14 @@ def check_strategy(config: Config, resolved: Resolved) -> None:
             f"optim.lookahead: not under {name}; {_able('lookahead')} can",
         ),
         (optim.sam is not None and not row.sam, f"optim.sam: not under {name}; {_able('sam')} can"),
+    ]
+
+
+def _of_state(config: Config, resolved: Resolved) -> Refusals:
+    """Where weights and activations are kept, and how they are saved."""
+    name, row, fabric = resolved.strategy, TABLE[resolved.strategy], config.fabric
+    size = resolved.tensor_parallel_size
+    return [
         (
             config.checkpoint.sharded and not row.sharded_save,
             f"checkpoint.sharded: {name} saves the one plain file; {_able('sharded_save')} can save shards",
@@ -237,6 +262,13 @@ def check_strategy(config: Config, resolved: Resolved) -> None:
             resolved.accelerator == "cpu" and name in ("fsdp", "fsdp1") and fabric.fsdp.cpu_offload,
             "fabric.fsdp.cpu_offload: the weights are in host memory already; it is for GPUs",
         ),
+    ]
+
+
+def _of_network(config: Config, resolved: Resolved) -> Refusals:
+    """Freezing, compiling and offloading."""
+    name, fabric, size = resolved.strategy, config.fabric, resolved.tensor_parallel_size
+    return [
         (
             name == "fsdp1" and config.freeze.strategy not in ("none", "fixed"),
             f"freeze.strategy: under fsdp1 what is frozen is fixed before training; {config.freeze.strategy} runs "
@@ -267,9 +299,6 @@ def check_strategy(config: Config, resolved: Resolved) -> None:
             f"fabric.deepspeed.offload_parameters needs fabric.stage 3, not {resolved.stage}",
         ),
     ]
-    for refused, line in refusals:
-        if refused:
-            raise InputError(line)
 
 
 def strategy_table() -> Table:
