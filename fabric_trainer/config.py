@@ -2,7 +2,10 @@
 
 Imports neither torch nor lightning, so that ``--help`` and every complaint about a key come at once. What needs the
 task's class (its arguments) or a device (precision, memory) is checked where that is built, still before training.
+The longest sections have files of their own, ``config_*.py``, and can be imported from here like the others.
 """
+
+# ruff: noqa: F401
 
 from __future__ import annotations
 
@@ -13,6 +16,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from fabric_trainer.config_fabric import DdpConfig, DeepspeedConfig, FabricConfig, FsdpConfig
+from fabric_trainer.config_freeze import (
+    AdaptiveFreezeConfig,
+    AdvancedFreezeConfig,
+    EarlyGradualFreezeConfig,
+    FixedFreezeConfig,
+    FreezeConfig,
+    GradientGuidedFreezeConfig,
+    ProgressiveFreezeConfig,
+)
+from fabric_trainer.config_optim import LookaheadConfig, MuonConfig, OptimConfig, OtherConfig, SamConfig
 
 DEFAULT_CONFIG = "configs/burgers.yaml"
 
@@ -47,84 +62,6 @@ class BatchConfig:
     """Micro-batches per update: 4, {window: {0: 8, 500: 4}} or {epoch: {0: 8, 5: 4}}."""
     global_batch_size: int | None = None
     """Samples per update; accumulation follows from it."""
-
-
-@dataclass
-class MuonConfig:
-    """Muon's half of muon_hybrid; AdamW's is optim.lr, optim.weight_decay and optim.args."""
-
-    matrices: Literal["hidden", "all"] | list[str] = "hidden"
-    """Which it steps: hidden, the 2-D weights in the task's blocks; all, all but embeddings; or name patterns."""
-    lr: float | None = None
-    """Peak learning rate; else optim.lr."""
-    weight_decay: float | None = None
-    """Else optim.weight_decay."""
-    adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """What a matrix's rate is multiplied by: 0.2 sqrt(max(rows, columns)), with which AdamW's rates fit, or (original)
-    sqrt(max(1, rows / columns))."""
-    args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of torch.optim.Muon: momentum, nesterov, ns_steps, ns_coefficients, eps."""
-
-
-@dataclass
-class OtherConfig:
-    """An optimizer for some of the parameters."""
-
-    match: list[str] = field(default_factory=list)
-    """Patterns of parameter names, such as head.*; the first entry that matches a parameter has it."""
-    name: str = "adamw"
-    """As optim.name."""
-    lr: float | None = None
-    """Peak learning rate; else optim.lr."""
-    weight_decay: float | None = None
-    """Else optim.weight_decay."""
-    args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of this optimizer."""
-
-
-@dataclass
-class LookaheadConfig:
-    """Slow weights that follow every k updates."""
-
-    k: int = 5
-    """Applied updates between two synchronisations."""
-    alpha: float = 0.5
-    """The share of the way that the slow weights go."""
-
-
-@dataclass
-class SamConfig:
-    """Sharpness-aware minimisation: the gradient is that at the worst point nearby. Twice the work."""
-
-    rho: float = 0.05
-    """How far away that point is."""
-    adaptive: bool = False
-    """Measure the distance relative to each weight (ASAM; rho about ten times larger)."""
-
-
-@dataclass
-class OptimConfig:
-    """The optimizer and its parameter groups."""
-
-    name: str = "adamw"
-    """A name of torch.optim or torch_optimizer, in any case, or an import path; muon_hybrid: Muon for matrices, AdamW
-    for the rest."""
-    lr: float = 1e-3
-    """Peak learning rate; the schedule gives the share of it."""
-    weight_decay: float = 0.0
-    """For weights; norms, biases and other vectors get none."""
-    decay_everything: bool = False
-    """Give norms and biases the weight decay too."""
-    args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the optimizer, such as betas."""
-    muon: MuonConfig = field(default_factory=MuonConfig)
-    others: list[OtherConfig] = field(default_factory=list)
-    """Optimizers for parameters by name, beside this one: [{match: [head.*], name: sgd, lr: 0.1, weight_decay: 0,
-    args: {momentum: 0.9}}]."""
-    lookahead: LookaheadConfig | None = None
-    """Lookahead around the optimizer: {k: 5, alpha: 0.5}."""
-    sam: SamConfig | None = None
-    """Sharpness-aware minimisation: {rho: 0.05, adaptive: false}."""
 
 
 @dataclass
@@ -198,136 +135,6 @@ class EmaConfig:
 
 
 @dataclass
-class FixedFreezeConfig:
-    """fixed: the units stay frozen, for good or for a first phase."""
-
-    phase1_epochs: int | None = None
-    """Epochs after which the second phase begins; null: the units stay frozen for the whole run."""
-    unfreeze: int = 3
-    """How many units the second phase trains, the first in order."""
-
-
-@dataclass
-class AdaptiveFreezeConfig:
-    """adaptive: unfreezes the next unit when the monitored metric stands still."""
-
-    patience: int = 2
-    """Evaluated epochs without improvement before the next unit is unfrozen."""
-    min_improvement: float = 0.005
-    """What the metric must gain on its best to count as improved, in its own units."""
-
-
-@dataclass
-class ProgressiveFreezeConfig:
-    """progressive: unfreezes the next unit at fixed intervals."""
-
-    interval: int = 5
-    """Epochs between two units; the first comes after as many."""
-    limit: int | None = None
-    """How many units it unfreezes at most; null: all."""
-
-
-@dataclass
-class EarlyGradualFreezeConfig:
-    """early_gradual: unfreezes units every epoch until a share of the parameters trains."""
-
-    from_epoch: int = 1
-    """The first epoch, counted from 0, at whose end units are unfrozen."""
-    per_epoch: int = 1
-    """How many units at the end of each epoch."""
-    target: float = 0.5
-    """The share of all units' parameters at which it stops."""
-
-
-@dataclass
-class GradientGuidedFreezeConfig:
-    """gradient_guided: unfreezes the units with the largest gradients, measured on probe batches."""
-
-    threshold: float = 0.01
-    """What a unit's mean absolute gradient must exceed."""
-    sampling_epochs: int = 2
-    """Epochs at the start that only measure."""
-    patience: int = 2
-    """Epochs that pass, after those and after each unfreezing, before units are unfrozen."""
-    per_epoch: int = 1
-    """The most units unfrozen at once, the largest gradients first."""
-    warmup_epochs: int = 3
-    """Epochs over which an unfrozen unit's rate rises from a tenth to the whole."""
-    probes: int = 4
-    """Probe batches an epoch while units are frozen: each costs a forward and a backward."""
-
-
-@dataclass
-class AdvancedFreezeConfig:
-    """advanced: unfreezes by a score of gradients, activations and neighbours; rolls back where the metric falls."""
-
-    threshold: float = 0.002
-    """Base of what a unit's score must exceed; falls over the epochs to a half, rises with depth."""
-    momentum: float = 0.9
-    """Of the running mean of gradient importance over probe batches."""
-    dependencies: bool = True
-    """Unfrozen units raise the score of those they build on."""
-    analysis_window: int = 2
-    """The first epoch, counted from 0, at whose end a score may unfreeze a unit."""
-    patience: int = 2
-    """Epochs that pass at the start and after each unfreezing or rollback before units are unfrozen."""
-    per_epoch: int = 1
-    """The most units unfrozen at once, the highest scores first."""
-    warmup_epochs: int = 3
-    """Of a unit of no known kind; blocks take one epoch less, at least 2, and convolutions one more."""
-    probes: int = 4
-    """Probe batches an epoch while units are frozen: each costs a forward and a backward."""
-    rollback_patience: int | None = 2
-    """Evaluations in a row, each worse than the one before, after which it rolls back; null: it never does."""
-    rollback_threshold: float = 0.001
-    """How much worse, in the metric's own units."""
-    restore_weights: bool = False
-    """A rollback also brings the weights of the best evaluation back."""
-    emergency_epoch: int | None = 4
-    """The epoch, counted from 0, from whose end on units are unfrozen whatever their score while none is; null: it
-    never does so."""
-    emergency_patience: int = 2
-    """The same at once where the metric gained less than emergency_gain over so many evaluations."""
-    emergency_gain: float = 0.005
-    """In the metric's own units."""
-    emergency_units: int = 1
-    """How many units it unfreezes, the deepest first."""
-    emergency_warmup: int = 6
-    """Epochs of their warm-up."""
-    emergency_start: float = 0.01
-    """The share of the rate at which it starts."""
-
-
-@dataclass
-class FreezeConfig:
-    """Which units (layers, blocks) train, and from when on."""
-
-    strategy: Literal[
-        "none", "fixed", "schedule", "adaptive", "progressive", "early_gradual", "gradient_guided", "advanced"
-    ] = "none"
-    """none trains everything, fixed keeps the units frozen, schedule goes by the step; the others unfreeze unit after
-    unit, deciding at the end of each epoch."""
-    units: list[str] | dict[str, list[str]] | None = None
-    """Name patterns in the order of unfreezing, or {unit: [patterns]}; else those that the task names."""
-    lr: float | None = None
-    """Peak learning rate of the units; else optim.lr."""
-    lr_decay: float = 1.0
-    """Each further unit's rate is that of the one before times this."""
-    monitor: str | None = None
-    """adaptive, advanced: the metric followed; else checkpoint.monitor."""
-    mode: Literal["min", "max"] | None = None
-    """Which end of it is good; else checkpoint.mode."""
-    schedule: dict[int, list[str]] = field(default_factory=dict)
-    """schedule: the units (names or patterns) that train from a step on: {0: [], 500: [layer4], 2000: ['layer*']}."""
-    fixed: FixedFreezeConfig = field(default_factory=FixedFreezeConfig)
-    adaptive: AdaptiveFreezeConfig = field(default_factory=AdaptiveFreezeConfig)
-    progressive: ProgressiveFreezeConfig = field(default_factory=ProgressiveFreezeConfig)
-    early_gradual: EarlyGradualFreezeConfig = field(default_factory=EarlyGradualFreezeConfig)
-    gradient_guided: GradientGuidedFreezeConfig = field(default_factory=GradientGuidedFreezeConfig)
-    advanced: AdvancedFreezeConfig = field(default_factory=AdvancedFreezeConfig)
-
-
-@dataclass
 class CompileConfig:
     """torch.compile; where a compiler fails the run goes on in eager."""
 
@@ -377,84 +184,6 @@ class TuneConfig:
     """lr: how much of the average before stays in the running average of the loss."""
     max_batch_size: int = 1024
     """batch_size, and batch.micro_batch_size auto: the most samples tried in one forward."""
-
-
-@dataclass
-class DdpConfig:
-    """DistributedDataParallel's options."""
-
-    find_unused_parameters: bool = False
-    """Look for parameters that a forward left out; costs a pass over the graph."""
-    static_graph: bool = False
-    """Promise that every forward uses the same parameters."""
-    gradient_as_bucket_view: bool = True
-    """Gradients lie in the buckets that are reduced: one copy less."""
-    sync_batchnorm: bool = False
-    """BatchNorm statistics over all ranks."""
-
-
-@dataclass
-class FsdpConfig:
-    """Fully sharded data parallel."""
-
-    sharding: Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"] = "FULL_SHARD"
-    """SHARD_GRAD_OP keeps the weights gathered between forward and backward; NO_SHARD is ddp."""
-    blocks: list[str] | int | None = None
-    """What is sharded as one: class names, or the least number of parameters; else the blocks that the task names."""
-    cpu_offload: bool = False
-    """Shards lie in host memory while they are not used."""
-    meta_init: bool = False
-    """Build the network without memory, shard it, then initialise: for models larger than one device."""
-    param_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """What weights are gathered and computed in; else it follows fabric.precision (bf16-mixed: bf16)."""
-    reduce_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """What gradients are reduced in; else it follows fabric.precision (bf16-mixed: fp32)."""
-
-
-@dataclass
-class DeepspeedConfig:
-    """DeepSpeed ZeRO."""
-
-    offload_optimizer: bool = False
-    """Optimizer state lies in host memory."""
-    offload_parameters: bool = False
-    """stage 3: weights lie in host memory while they are not used."""
-    config: dict[str, Any] | str | None = None
-    """A DeepSpeed JSON file, or its content; "auto" in it is filled from this configuration."""
-
-
-@dataclass
-class FabricConfig:
-    """Devices, precision and strategy: handed to Lightning Fabric."""
-
-    accelerator: str = "auto"
-    """auto, cpu, cuda, gpu or mps."""
-    devices: int | str | list[int] = "auto"
-    """How many, or which; auto means one without a launcher, and the launcher's number under one."""
-    num_nodes: int = 1
-    """Machines."""
-    strategy: str = "auto"
-    """single, ddp, ddp_spawn, ddp_notebook, fsdp, fsdp1, tensor_parallel, deepspeed (see --strategies); auto: single on
-    one device, else ddp."""
-    precision: str = "auto"
-    """32-true (which auto means), 16-mixed, bf16-mixed, bf16-true, 64-true or transformer-engine."""
-    stage: Literal[1, 2, 3] = 2
-    """deepspeed: what ZeRO shards; 1 the optimizer, 2 the gradients too, 3 the weights too."""
-    tensor_parallel_size: int | None = None
-    """Ranks that share each layer; else all of them under tensor_parallel, 1 under fsdp (more is 2-D)."""
-    activation_checkpointing: list[str] = field(default_factory=list)
-    """Class names of blocks whose activations are recomputed in the backward."""
-    timeout: float = 30.0
-    """Minutes that a collective may wait."""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """Of float32 matrix products; high uses TF32."""
-    cudnn_tf32: bool = True
-    """TF32 in float32 convolutions."""
-    requeue: bool = False
-    """SLURM: on SIGUSR1 save, then scontrol requeue this job."""
-    ddp: DdpConfig = field(default_factory=DdpConfig)
-    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
-    deepspeed: DeepspeedConfig = field(default_factory=DeepspeedConfig)
 
 
 @dataclass

@@ -24,7 +24,7 @@ HEAD = """\
 Every key of a run. A YAML file has the sections as mappings (`optim: {lr: 3e-4}`), the command line has dots
 (`--optim.lr 3e-4`) and wins; an unknown key is an error. `python train.py --help` prints the same.
 
-Written by `python -m tools.reference` from `fabric_trainer/config.py`: change the docstrings there, not this page.
+Written by `python -m tools.reference` from `fabric_trainer/config*.py`: change the docstrings there, not this page.
 
 """
 NAMES = {int: "int", float: "float", str: "text", bool: "true | false", NoneType: "null", Any: "any"}
