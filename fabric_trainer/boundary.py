@@ -12,7 +12,7 @@ from typing import Any
 from fabric_trainer.checkpoint import Checkpoints, check_finite, load, take_part
 from fabric_trainer.decide import advance, named, watch
 from fabric_trainer.errors import InputError
-from fabric_trainer.evaluate import measure
+from fabric_trainer.evaluate import measure, measure_test
 from fabric_trainer.every import Clock, Every
 from fabric_trainer.memory import in_use
 from fabric_trainer.order import Span
@@ -183,9 +183,7 @@ class Boundary(AbstractContextManager["Boundary"]):
         self.record.metrics(self.metrics)
         self.record.settled()
         for split in dict.fromkeys(name.partition("/")[0] for name in self.metrics):
-            shown = {name: value for name, value in self.metrics.items() if name.startswith(f"{split}/")}
-            line = " · ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in shown.items())
-            self.record.print(f"{split} at step {counters.step} · {line}")
+            self._show(split, counters.step, self.metrics)
         self.fabric.call("on_evaluation_end", state=state, metrics=self.metrics)
         if planned:
             watch(state, self.record, self.metrics)
@@ -196,19 +194,42 @@ class Boundary(AbstractContextManager["Boundary"]):
         best = self.checkpoints is not None and self.checkpoints.is_best(metric)
         return bool(self.fabric.broadcast(best))
 
-    def restore_best(self) -> None:
-        """After the last update, where ``early_stopping.restore_best`` asks for it: the weights of best.pt and their
-        average in the network; last.pt keeps the last update's, from which the run can be continued."""
+    def _show(self, split: str, step: int, metrics: dict[str, float]) -> None:
+        """A line of the split's metrics, without their parts, such as val/recall/cat."""
+        shown = {name.removeprefix(f"{split}/"): value for name, value in metrics.items()}
+        line = " · ".join(f"{name} {value:.4g}" for name, value in shown.items() if "/" not in name)
+        self.record.print(f"{split} at step {step} · {line}")
+
+    def finish(self) -> None:
+        """After the last update: the best weights in the network where ``early_stopping.restore_best`` or a test split
+        asks for them, and the test split measured with them. last.pt keeps the last update's weights."""
         state = self.state
-        if not (state.config.early_stopping.restore_best and state.finished):
+        restores = state.config.early_stopping.restore_best and state.finished
+        tests = state.complete and not state.stopped and state.task.dataset("test") is not None
+        if not (restores or tests):
             return
-        if (best := self._best()) is None:
+        step = state.counters.step
+        if (best := self._best()) is not None:
+            path, entry = best
+            step = entry["step"]
+            state.load_weights(shared(self.fabric, lambda: load(path)))
+            self.record.print(f"restored the weights of step {step} from {path}; last.pt has the last update's")
+            if restores:
+                state.restored = self.metrics = entry["metrics"]
+        elif restores:
             self.record.print("no best.pt to restore: the monitored metric was never finite")
-            return
-        path, entry = best
-        state.load_weights(shared(self.fabric, lambda: load(path)))
-        state.restored = self.metrics = entry["metrics"]
-        self.record.print(f"restored the weights of step {entry['step']} from {path}; last.pt has the last update's")
+        if tests:
+            self.test(step)
+
+    def test(self, step: int) -> None:
+        """Measure the test split with the weights of ``step``, which the network has."""
+        state = self.state
+        with state.profiler("evaluate"):
+            metrics = measure_test(state)
+        state.history.add_test({"step": step, **metrics})
+        self.record.metrics(metrics)
+        self.record.settled()
+        self._show("test", step, metrics)
 
     def save(self, keep: bool = False) -> None:
         """Write a checkpoint in the background, or each rank its shard at once. Raises CheckpointError, in the

@@ -109,6 +109,9 @@ def check(config: Config) -> None:
         raise InputError("run.max_epochs or run.max_steps must say how long to train")
     if config.schedule.name == "plateau" and config.checkpoint.monitor is None:
         raise InputError("schedule.name: plateau follows checkpoint.monitor, which is not set")
+    share = config.data.val_split
+    if share is not None and not 0 < share < 1:
+        raise InputError(f"data.val_split must be a share above 0 and below 1, or null, not {share}")
     _check_ema(config.ema)
     _check_control(config)
     if config.batch.global_batch_size is not None and config.batch.accumulate != 1:

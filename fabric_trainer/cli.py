@@ -150,9 +150,11 @@ def make_task(config: Config) -> Task:
         raise InputError(f"task.{' '.join(str(error).split())}") from None
     config.task.args = arguments.as_dict() if arguments is not None else {}
     try:
-        return cls(**config.task.args)  # type: ignore[no-any-return]
+        task: Task = cls(**config.task.args)
     except ValueError as error:
         raise InputError(f"task.args: {error}") from None
+    task.data_config = config.data
+    return task
 
 
 def _callbacks(config: Config) -> list[Any]:

@@ -50,6 +50,10 @@ class DataConfig:
     """Folder of data sets; else $FABRIC_TRAINER_DATA, else ~/.cache/fabric_trainer."""
     num_workers: int = 0
     """Processes per rank that prepare batches; 0 prepares them in the training process."""
+    download: bool = False
+    """Fetch what is not there, for tasks whose data can be fetched."""
+    val_split: float | None = None
+    """The share of the training samples held out as val split, for tasks whose data brings none."""
 
 
 @dataclass

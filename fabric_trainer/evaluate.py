@@ -93,6 +93,17 @@ def measure(state: State, split: str) -> dict[str, float]:
     return metrics
 
 
+def measure_test(state: State) -> dict[str, float]:
+    """``test/<metric>`` of one set of weights: those that ``checkpoint.monitor`` is measured with; without a monitor
+    the main average's, where one is kept and evaluated."""
+    kind, averages = (state.config.checkpoint.monitor or "").partition("/")[0], state.ema
+    averaged = kind.startswith("val_ema") if kind else state.config.evaluate.weights != "raw"
+    if averages is None or not averaged:
+        return _measured(state, "test", "test")
+    with averages.applied(kind.removeprefix("val_ema").removeprefix("_") or None):
+        return _measured(state, "test", "test")
+
+
 def _measured(state: State, split: str, prefix: str) -> dict[str, float]:
     figures = evaluate(state.fabric, state.task, state.network, state.split(split))
     state.engine.refresh()
@@ -111,11 +122,16 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _over_ranks(ranks: Ranks, sums: dict[str, Tensor]) -> dict[str, float]:
+def _over_ranks(ranks: Ranks, sums: dict[str, Tensor]) -> dict[str, Any]:
+    """Floats, and arrays of those with a shape; one collective and one copy to the host."""
     if not sums:
         return {}
-    total = ranks.sum(torch.stack(list(sums.values())))
-    return dict(zip(sums, total.tolist(), strict=True))
+    total = ranks.sum(torch.cat([value.reshape(-1) for value in sums.values()])).cpu()
+    parts = total.split([value.numel() for value in sums.values()])
+    return {
+        name: part.view(value.shape).numpy() if value.ndim else part.item()
+        for (name, value), part in zip(sums.items(), parts, strict=True)
+    }
 
 
 def _wide(device: torch.device) -> torch.dtype:

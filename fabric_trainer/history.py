@@ -21,12 +21,14 @@ class History:
     """The evaluations and epochs so far, in order.
 
     evaluations: {"step", "epoch", "window", "samples", "seconds", "val/…": …}; epochs: {"epoch", "step",
-    "train_epoch/loss": …}. It travels in the checkpoint, so that loading one is the cut-back to its step.
+    "train_epoch/loss": …}; tests: {"step", "test/…": …}, the step of the weights measured, at most one. It travels in
+    the checkpoint, so that loading one is the cut-back to its step.
     """
 
     def __init__(self) -> None:
         self.evaluations: list[Entry] = []
         self.epochs: list[Entry] = []
+        self.tests: list[Entry] = []
 
     def add_evaluation(self, values: Mapping[str, float]) -> None:
         """Append one evaluation: its counters and metrics."""
@@ -36,13 +38,18 @@ class History:
         """Append one finished epoch: its number, its last step and its exact means."""
         self.epochs.append(dict(values))
 
+    def add_test(self, values: Mapping[str, float]) -> None:
+        """The measurement of the test split, after the last update."""
+        self.tests = [dict(values)]
+
     def state_dict(self) -> dict[str, Any]:
-        """A copy of both lists: plain lists, dicts and numbers."""
-        return copy.deepcopy({"evaluations": self.evaluations, "epochs": self.epochs})
+        """A copy of the lists: plain lists, dicts and numbers."""
+        return copy.deepcopy({"evaluations": self.evaluations, "epochs": self.epochs, "tests": self.tests})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace everything by ``state``; what came after it is forgotten."""
         self.evaluations, self.epochs = copy.deepcopy((state["evaluations"], state["epochs"]))
+        self.tests = copy.deepcopy(state.get("tests", []))
 
     def write(self, folder: Path) -> None:
         """Write ``folder``/history.json, whole or not at all.

@@ -82,7 +82,7 @@ def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     state = State(fabric, task, config, saved, given=any(key.startswith("batch") for key in command.given))
     if command.init_from:
         _init_from(state, command.init_from)
-    if saved and state.finished:
+    if saved and state.finished and not _on_rank_zero(fabric, lambda: untested(state, choice)):
         fabric.print(why_nothing_is_left(state, choice.folder.name))
         return FINISHED
     if fabric.is_global_zero:
@@ -108,6 +108,11 @@ def train(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     return state.stopped
 
 
+def untested(state: State, choice: Choice) -> bool:
+    """Whether a complete run was left between its last save and the end of its test."""
+    return state.complete and run.read_status(choice.folder).get("status") not in (None, "finished")
+
+
 def why_nothing_is_left(state: State, name: str) -> str:
     """Of a run that is to be continued and can't be."""
     steps = state.counters.step
@@ -122,8 +127,8 @@ def conclude(state: State, choice: Choice) -> None:
     """On rank 0: the report, with the task's pictures of the best weights, and a last plain line per metric."""
     report = write_report(choice.folder, {} if state.stopped else _pictures(state, choice.folder / "checkpoints"))
     print(f"report {report}", flush=True)
-    if state.history.evaluations and not state.stopped:
-        print_metrics(state.restored or state.history.evaluations[-1])
+    if not state.stopped:
+        print_last_metrics(state)
 
 
 def _pictures(state: State, checkpoints: Path) -> dict[str, Any]:
@@ -256,8 +261,8 @@ def fast_dev_run(fabric: Fabric, task: Task, config: Config) -> int:
     state = State(fabric, task, config)
     explain(state, None)
     fit(fabric, task, config, state=state)
-    if fabric.is_global_zero and state.history.evaluations:
-        print_metrics(state.history.evaluations[-1])
+    if fabric.is_global_zero:
+        print_last_metrics(state)
     return FINISHED
 
 
@@ -271,10 +276,17 @@ def explain(state: State, choice: Choice | None) -> None:
         print_summary(Console(), modules=state.modules, order_lines=lines)
 
 
+def print_last_metrics(state: State) -> None:
+    """Of the last evaluation, or the restored weights', and then of the test split."""
+    evaluations = [state.restored] if state.restored else state.history.evaluations[-1:]
+    for metrics in evaluations + state.history.tests:
+        print_metrics(metrics)
+
+
 def print_metrics(metrics: dict[str, float]) -> None:
-    """A plain line per metric, such as ``val/nrmse 0.0142``."""
+    """A plain line per metric, such as ``val/nrmse 0.0142``; none for its parts, such as ``val/recall/cat``."""
     for name, value in metrics.items():
-        if "/" in name:
+        if name.count("/") == 1:
             print(f"{name} {value:.4f}" if abs(value) >= 1e-3 else f"{name} {value:.3e}", flush=True)
 
 

@@ -104,7 +104,7 @@ def fit(
                 boundary.act(update.window.span)
             fabric.call("on_update_end", state=state, metrics=boundary.metrics)
         compilation.retreat(record.print)  # from what failed in the last evaluation: to be told
-        boundary.restore_best()
+        boundary.finish()
     fabric.barrier()
     fabric.call("on_fit_end", state=state, metrics=boundary.metrics)
     return state

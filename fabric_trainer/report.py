@@ -144,7 +144,7 @@ def _bytes(column: np.ndarray | None) -> str:
 def _table(run: _Run) -> str:
     """Last and best value of each metric, and the step of the best."""
     rows = []
-    for name, (steps, values) in _evaluations(run.history).items():
+    for name, (steps, values) in (_measured(run.history.evaluations) | _measured(run.history.tests)).items():
         higher = _higher(name, run.config)
         best = "<td>n/a</td><td></td>"
         if np.isfinite(values).any():
@@ -158,10 +158,10 @@ def _table(run: _Run) -> str:
     return table("Metrics", ("metric", "last", "best", "at step"), rows)
 
 
-def _evaluations(history: History) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Metric -> (steps, values), each float64 (evaluations that have it,)."""
-    names = {name: None for entry in history.evaluations for name in entry if "/" in name}
-    return {name: _series(history.evaluations, name) for name in names}
+def _measured(entries: list[dict[str, float]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Metric -> (steps, values), each float64 (entries that have it,); parts, such as val/recall/cat, left out."""
+    names = {name: None for entry in entries for name in entry if name.count("/") == 1}
+    return {name: _series(entries, name) for name in names}
 
 
 def _series(entries: list[dict[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -200,7 +200,7 @@ def _per_update(run: _Run, names: list[str], wide: bool = False) -> list[str]:
 
 def _validation(history: History) -> list[str]:
     """A chart for each metric: of the raw weights, of the averaged ones, and the mean over the training epoch."""
-    series = _evaluations(history)
+    series = _measured(history.evaluations)
     epochs = {name for entry in history.epochs for name in entry if name.startswith("train_epoch/")}
     figures = []
     for metric in dict.fromkeys(name.partition("/")[2] for name in series):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from fabric_trainer.config import DataConfig
 from fabric_trainer.order import Plan, Shuffled
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class Task:
     how much, and the update's gradient is the sum over all micro-batches and ranks divided by the total weight.
     """
 
+    data_config = DataConfig()
+    """The configuration's ``data`` section; the command line sets it before ``prepare``."""
+
     # ---- data -------------------------------------------------------------------------------------------------
 
     def prepare(self, root: Path) -> None:
@@ -71,6 +75,10 @@ class Task:
     def augment(self, batch: Batch) -> Batch:
         """Change a training batch on the host, in the loader's worker. Draw from ``batch['random']`` alone: then
         neither workers, nor ranks, nor a resume change what a sample becomes."""
+        return batch
+
+    def preprocess(self, batch: Batch) -> Batch:
+        """``augment``'s counterpart for a batch that is evaluated or predicted: nothing random."""
         return batch
 
     # ---- training ---------------------------------------------------------------------------------------------
@@ -107,7 +115,8 @@ class Task:
         return {}
 
     def evaluate(self, network: nn.Module, batch: Batch, meters: dict[str, Metric]) -> dict[str, Tensor]:
-        """Sums (0-d) of one evaluation batch; the library adds them up in float64 over all batches and ranks.
+        """Sums of one evaluation batch; the library adds them up in float64 over all batches and ranks. Most are 0-d;
+        one with a shape, such as a confusion matrix, has the same shape in every batch.
 
         Default: the training loss and its logs, and the weight they are sums over.
         """
@@ -115,8 +124,9 @@ class Task:
         weight = torch.as_tensor(self.weight(batch))
         return {"loss": loss.total, **loss.logs, "weight": weight}
 
-    def figures(self, sums: dict[str, float]) -> dict[str, float]:
-        """The metrics of a whole split, from its exact sums. Default: each sum divided by the weight."""
+    def figures(self, sums: dict[str, Any]) -> dict[str, float]:
+        """The metrics of a whole split, from its exact sums: floats, and float64 arrays of those with a shape. A name
+        with a slash, such as ``recall/cat``, is logged and not printed. Default: each sum divided by the weight."""
         weight = sums["weight"]
         return {name: value / weight for name, value in sums.items() if name != "weight"}
 

@@ -72,7 +72,7 @@ class MicroBatches(Dataset[Batch]):
         batch["weight"] = batch["weight"] * weight if "weight" in batch else weight
         batch["index"] = torch.from_numpy(rows.index)
         batch["random"] = SampleRandom(self.seed, rows.epoch, batch["index"])
-        return self.task.augment(batch) if self.training else batch
+        return self.task.augment(batch) if self.training else self.task.preprocess(batch)
 
 
 def windows(
