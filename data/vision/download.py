@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from http.client import HTTPException
 from pathlib import Path
 
 from fabric_trainer.errors import InputError
@@ -23,7 +24,7 @@ def fetch(cls_name: str, folder: str, root: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as beside:
             getattr(datasets, cls_name)(beside, download=True)
             os.replace(Path(beside) / folder, root / folder)
-    except (OSError, RuntimeError, EOFError) as error:  # no network, a full disk, a wrong md5, a broken archive
+    except (OSError, RuntimeError, HTTPException) as error:  # no network, a full disk, a wrong md5
         reason = " ".join(str(error).split())
         raise InputError(
             f"data.download: {cls_name} could not be fetched into {root} ({reason}); put {folder} there by hand"

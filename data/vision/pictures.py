@@ -188,7 +188,6 @@ def _read_folder(
             f"{corrupt_limit} to leave out; mend or delete them, or raise the limit"
         )
     listing.leave_out(found)
-    listing.check()
     return listing.classes, {
         name: Pictures(listing.labels[name], listing.names[name], root=root) for name in listing.names
     }
