@@ -99,7 +99,7 @@ def inside(pictures: Tensor, top: Tensor, left: Tensor, bottom: Tensor, right: T
     rows = torch.arange(height, device=pictures.device)[:, None]
     columns = torch.arange(width, device=pictures.device)
     top, left, bottom, right = (bound.view(-1, 1, 1, 1) for bound in (top, left, bottom, right))
-    return (top <= rows) & (rows < bottom) & (left <= columns) & (columns < right)
+    return ((top <= rows) & (rows < bottom)) & ((left <= columns) & (columns < right))
 
 
 def _mirrored(start: Tensor, size: int) -> Tensor:
