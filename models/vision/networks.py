@@ -108,6 +108,8 @@ def _torchvision(name: str, classes: int, size: int, drop_path: float, args: dic
         from torchvision.models import SwinTransformer, get_model
     except ImportError:
         raise _needs("torchvision", name) from None
+    if drop_path and not name.startswith(("efficientnet", "swin", "convnext")):
+        raise InputError(f"task.args.drop_path: {name} has none; efficientnet, swin, convnext and most of timm's have")
     own: dict[str, Any] = {}
     if name.startswith("vit"):
         own["image_size"], patch = size, int(name.rpartition("_")[2])
@@ -115,8 +117,6 @@ def _torchvision(name: str, classes: int, size: int, drop_path: float, args: dic
             raise InputError(f"task.args.image_size: {name} takes multiples of its patch, {patch} px, not {size}")
     elif name.startswith(("efficientnet", "convnext")):
         own["stochastic_depth_prob"] = drop_path
-    elif drop_path and not name.startswith("swin"):
-        raise InputError(f"task.args.drop_path: {name} has none; efficientnet, swin, convnext and most of timm's have")
     network = _made(name, lambda: get_model(name, num_classes=classes, **own, **args), "task.args.model_args")
     if isinstance(network, SwinTransformer):  # whose builders fix the rate
         swins = blocks(network)
@@ -145,7 +145,7 @@ def _timm(
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise InputError(f"task.args.model: {name} is no name of torchvision's 28, of timm's, or fast{hint}")
     own, key = dict[str, Any](), "task.args.model_args"
-    published = timm.get_pretrained_cfg(name)
+    published = _made(name, lambda: timm.get_pretrained_cfg(name), "task.args.model")  # not for a tag of nobody's
     if published is not None and published.fixed_input_size and size != published.input_size[1]:
         own["img_size"], key = size, "task.args.image_size" + f" or {key}" * bool(args)
     if drop_path:
@@ -165,7 +165,7 @@ def _timm(
     return network
 
 
-def _made(name: str, make: Callable[[], nn.Module], key: str) -> nn.Module:
+def _made(name: str, make: Callable[[], Any], key: str) -> Any:
     """What the library makes, or its refusal as one line: of an argument, of a download, or of a value (``key``)."""
     try:
         return make()
