@@ -193,17 +193,20 @@ def _begin_small(network: nn.Module) -> None:
 @torch.no_grad()
 def _try(network: nn.Module, model: str, classes: int, size: int) -> None:
     """One forward of one black picture: the only way to know that any of some thousand networks takes the size."""
-    patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
-    if patch and size % patch[-1] and not getattr(network.patch_embed, "dynamic_img_pad", False):
-        raise InputError(f"task.args.image_size: {model} takes multiples of its patch, {patch[-1]} px, not {size}")
+    embedding = getattr(network, "patch_embed", None)
+    patch = getattr(embedding, "patch_size", 1)  # what a convolution would cut off at the border
+    patch = patch if isinstance(patch, int) else patch[-1]
+    if size % patch and not getattr(embedding, "dynamic_img_pad", False):
+        raise InputError(f"task.args.image_size: {model} takes multiples of its patch, {patch} px, not {size}")
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        shape = tuple(network(torch.zeros(1, 3, size, size)).shape)
+        classified = network(torch.zeros(1, 3, size, size))
     except _REFUSALS as error:
         raise InputError(f"task.args.image_size: {model} can't take pictures of {size} px: {_line(error)}") from error
     for module, mode in modes.items():
         module.training = mode
+    shape = tuple(classified.shape) if isinstance(classified, torch.Tensor) else type(classified).__name__
     if shape != (1, classes):
         raise InputError(f"task.args.model: {model} gives {shape} for a picture, not (1, {classes})")
 

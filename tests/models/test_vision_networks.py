@@ -273,6 +273,12 @@ def test_arguments_reach_the_builders():
         assert build("test_resnet", CLASSES, image_size=64, args={"drop_rate": 0.4}).drop_rate == 0.4
 
 
+def test_a_network_that_does_not_classify():
+    told = r"^task\.args\.model: test_resnet gives list for a picture, not \(1, 3\)"
+    with torch.device("meta"), pytest.raises(InputError, match=told):
+        build("test_resnet", CLASSES, image_size=32, args={"features_only": True})
+
+
 def test_without_the_libraries(monkeypatch):
     for library, name in (("torchvision.models", "resnet18"), ("timm", "resnet26")):
         monkeypatch.setitem(sys.modules, library, None)
