@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fabric_trainer.command import Command, parse
+from fabric_trainer.command import Command, parse, plain
 from fabric_trainer.config import Config, data_root
 from fabric_trainer.errors import (
     FAILED,
@@ -147,7 +147,7 @@ def make_task(config: Config) -> Task:
     try:
         arguments = parser.parse_object({"args": config.task.args}).get("args")  # none where it takes none
     except Exception as error:  # argparse's and jsonargparse's own kinds: all about the arguments
-        raise InputError(f"task.{' '.join(str(error).split())}") from None
+        raise InputError(f"task.{plain(str(error))}") from None
     config.task.args = arguments.as_dict() if arguments is not None else {}
     try:
         task: Task = cls(**config.task.args)

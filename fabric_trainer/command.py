@@ -76,8 +76,14 @@ def from_checkpoint(tree: dict[str, Any], argv: Sequence[str] = ()) -> Config:
 
 class _Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = re.sub(r'Parser key "([\w.]+)":', r"\1:", " ".join(message.split()))
-        raise InputError(re.sub(r"<class '(\w+)'>", r"\1", message))
+        raise InputError(plain(message))
+
+
+def plain(message: str) -> str:
+    """jsonargparse's, on one line and without its own words for keys and types."""
+    message = re.sub(r'Parser key "([\w.]+)":', r"\1:", " ".join(message.split()))
+    message = re.sub(r"a typing\.Literal(\[[^]]*\])", r"one of \1", message)
+    return re.sub(r"<class '(\w+)'>", r"\1", message)
 
 
 def _config_parser() -> _Parser:

@@ -94,14 +94,21 @@ def measure(state: State, split: str) -> dict[str, float]:
 
 
 def measure_test(state: State) -> dict[str, float]:
-    """``test/<metric>`` of one set of weights: those that ``checkpoint.monitor`` is measured with; without a monitor
-    the main average's, where one is kept and evaluated."""
-    kind, averages = (state.config.checkpoint.monitor or "").partition("/")[0], state.ema
+    """``test/<metric>`` of the weights that the run is judged by."""
+    average = judged(state)
+    if average is None or state.ema is None:
+        return _measured(state, "test", "test")
+    with state.ema.applied(average or None):
+        return _measured(state, "test", "test")
+
+
+def judged(state: State) -> str | None:
+    """The weights that the run is judged by: those that ``checkpoint.monitor`` is measured with; without a monitor the
+    main average, where one is kept and evaluated. None for the raw ones, "" for the main average, or a further one's
+    label."""
+    kind = (state.config.checkpoint.monitor or "").partition("/")[0]
     averaged = kind.startswith("val_ema") if kind else state.config.evaluate.weights != "raw"
-    if averages is None or not averaged:
-        return _measured(state, "test", "test")
-    with averages.applied(kind.removeprefix("val_ema").removeprefix("_") or None):
-        return _measured(state, "test", "test")
+    return kind.removeprefix("val_ema").removeprefix("_") if averaged and state.ema else None
 
 
 def _measured(state: State, split: str, prefix: str) -> dict[str, float]:

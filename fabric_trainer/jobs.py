@@ -20,7 +20,7 @@ from fabric_trainer.describe import describe as describe_run
 from fabric_trainer.duration import spoken
 from fabric_trainer.environment import describe
 from fabric_trainer.errors import FINISHED, TRY_AGAIN, InputError
-from fabric_trainer.evaluate import measure
+from fabric_trainer.evaluate import judged, measure
 from fabric_trainer.faults import StopSignals
 from fabric_trainer.files import write_atomically
 from fabric_trainer.loop import fit
@@ -137,8 +137,9 @@ def _pictures(state: State, checkpoints: Path) -> dict[str, Any]:
         return {}
     path = checkpoint.linked(checkpoints, "best") or checkpoint.linked(checkpoints, "last")
     saved = checkpoint.load(path or checkpoints / "last.pt")
-    network = state.task.network()
-    network.load_state_dict(sharded.whole(saved, saved["model"]))
+    network, average = state.task.network(), judged(state)
+    averaged = {} if average is None else saved["averages"][average] if average else saved["ema"]
+    network.load_state_dict(sharded.whole(saved, saved["model"] | averaged))
     return state.task.pictures(network.to(state.fabric.device).eval(), state.fabric.device)
 
 

@@ -36,6 +36,16 @@ class Three(Regression):
         return super().figures(sums) | {f"loss/{kind}": float(part) for kind, part in zip("ab", parts[:, 0])}
 
 
+class Pictured(Three):
+    """Its picture is what the network has."""
+
+    drawn: dict[str, torch.Tensor]
+
+    def pictures(self, network, device):
+        type(self).drawn = dict(network.state_dict())
+        return {}
+
+
 def by_hand(network: nn.Module, weights: dict[str, torch.Tensor]) -> float:
     network.load_state_dict(weights)
     points = Points(17, 2)
@@ -102,6 +112,15 @@ def test_it_is_the_last_line_and_in_the_report(home, capsys):
     assert "test/loss" in page and "test/loss/a" not in page
     assert run("--fast_dev_run") == 0
     assert capsys.readouterr().out.splitlines()[-2].startswith("test/loss ")
+
+
+@pytest.mark.parametrize("monitor, key", [("val/loss", "model"), ("val_ema/loss", "ema")])
+def test_pictures_are_of_the_weights_that_were_tested(home, monitor, key):
+    path = f"{__name__}.Pictured"
+    assert run("--name", "a", f"--task.path={path}", "--ema.decay=0.9", f"--checkpoint.monitor={monitor}") == 0
+    saved = load(home / "runs/a/checkpoints/best.pt")
+    assert all(torch.equal(Pictured.drawn[name], value) for name, value in saved[key].items())
+    assert not torch.equal(saved["model"]["0.weight"], saved["ema"]["0.weight"])
 
 
 def test_a_run_that_was_killed_before_its_test_is_tested_when_it_is_resumed(home, capsys):
