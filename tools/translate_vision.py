@@ -35,6 +35,11 @@ SCHEDULES: dict[str, Section] = {
     "none": {"name": "constant"},
     "step": {"name": "constant"},
 }
+# of torchvision's networks, which the scripts left as they are; here no network has any by itself
+DROP_PATH = {f"efficientnet_b{number}": 0.2 for number in range(5)} | {
+    "swin_t": 0.2, "swin_s": 0.3, "swin_b": 0.5,
+    "convnext_tiny": 0.1, "convnext_small": 0.4, "convnext_base": 0.5, "convnext_large": 0.5,
+}
 
 
 def translate(words: Sequence[str]) -> tuple[dict[str, Any], list[str], list[str]]:
@@ -89,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dataset", default="cifar10", choices=("cifar10", "cifar100", "mnist", "fashionmnist", "folder"))
     add("--image-size", type=int)
     add("--augmentation", choices=("none", "default", "strong", "autoaugment", "randaugment"))
-    add("--val-split", type=float, default=0.1)
+    add("--val-split", type=float)
     add("--epochs", type=int, default=100)
     add("--batch-size", type=int, default=32)
     add("--accumulate-grad-batches", type=int)
@@ -133,14 +138,15 @@ def _task(given: argparse.Namespace) -> Section:
         "model": given.model,
         **_some(num_classes=given.num_classes),
         "pretrained": given.pretrained is not False,
-        **_some(image_size=size, transforms=given.augmentation),
+        **_some(drop_path=DROP_PATH.get(given.model), image_size=size, transforms=given.augmentation),
     }
 
 
 def _data(given: argparse.Namespace) -> Section:
-    fetched = {} if given.dataset == "folder" else {"download": True}
-    read = {"val_split": given.val_split, "num_workers": given.num_workers}
-    return {"root": given.data_dir or "./data"} | fetched | read
+    root, published = given.data_dir or "./data", given.dataset != "folder"
+    share = 0.1 if given.val_split is None and published else given.val_split
+    fetched = {"download": True} if published else {}
+    return {"root": root} | fetched | _some(val_split=share) | {"num_workers": given.num_workers}
 
 
 def _optim(given: argparse.Namespace) -> Section:
@@ -198,6 +204,8 @@ def _remarks(given: argparse.Namespace, script: str) -> list[str]:
     wandb = _loggers(given, script).get("wandb")
     remarks = [
         (given.data_dir is None, "--data-dir: not given, ./data was assumed"),
+        (given.val_split is None and given.dataset == "folder", "--val-split: not given, so there has to be a folder "
+            "val; where there is none, data.val_split: 0.1 is the scripts' share"),
         (given.pretrained is None, "--pretrained: the scripts always loaded ImageNet weights, and so does "
             "task.args.pretrained: true; --no-pretrained leaves them out"),
         (given.patience is not None and not given.early_stopping,

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 
 from fabric_trainer import command
 from fabric_trainer.config import flatten
 from tools import translate
+from tools.translate_vision import DROP_PATH
 from tools.translate_vision import translate as vision
 
 Keys = dict[str, Any]
@@ -72,6 +74,7 @@ SHOWN = [
         "lightning-experiments --wandb-name convnext-baseline --epochs 100",
         {
             "task.args.model": "convnext_small",
+            "task.args.drop_path": 0.4,
             "task.args.num_classes": 10,
             "loggers.wandb.project": "lightning-experiments",
             "loggers.wandb.name": "convnext-baseline",
@@ -147,6 +150,7 @@ SHOWN = [
         {
             "task.args.dataset": "cifar100",
             "task.args.model": "convnext_base",
+            "task.args.drop_path": 0.5,
             "task.args.num_classes": 100,
             "run.max_epochs": 200,
             "batch.micro_batch_size": 64,
@@ -209,6 +213,8 @@ OTHER_FLAGS: list[tuple[str, Keys, str]] = [  # flags, what is there beside (Non
     ("--no-pretrained", {"task.args.pretrained": False}, ""),
     ("--pretrained", {}, ""),
     ("--dataset folder --data-dir pets", {"task.args.dataset": "folder", "data.root": "pets", "data.download": None,
+        "data.val_split": None, "task.args.image_size": 224}, "there has to be a folder val"),
+    ("--dataset folder --val-split 0.2", {"task.args.dataset": "folder", "data.download": None, "data.val_split": 0.2,
         "task.args.image_size": 224}, ""),
     ("--dataset mnist --image-size 64", {"task.args.dataset": "mnist", "task.args.image_size": 64}, ""),
     ("--augmentation strong", {"task.args.transforms": "strong"}, ""),
@@ -250,6 +256,20 @@ def test_the_scripts_other_flags_and_values(flags, keys, remark):
     config, _, remarks = vision(["--data-dir", "./data", "--pretrained", *flags.split()])
     assert flatten(config) == {key: value for key, value in (DEFAULTS | keys).items() if value is not None}
     assert len(remarks) == bool(remark) and all(remark in line for line in remarks)
+
+
+def test_dropped_paths_are_those_of_the_librarys_networks():
+    from torchvision.models import get_model, list_models
+    from torchvision.ops import StochasticDepth
+
+    def rates(name, **arguments):
+        return [part.p for part in get_model(name, **arguments).modules() if isinstance(part, StochasticDepth)]
+
+    with torch.device("meta"):
+        for name in list_models():
+            if name in DROP_PATH:
+                assert rates(name, stochastic_depth_prob=DROP_PATH[name]) == rates(name) != []
+    assert set(list_models()) >= set(DROP_PATH)
 
 
 @pytest.mark.parametrize(
