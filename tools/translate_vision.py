@@ -37,8 +37,13 @@ SCHEDULES: dict[str, Section] = {
 }
 # of torchvision's networks, which the scripts left as they are; here no network has any by itself
 DROP_PATH = {f"efficientnet_b{number}": 0.2 for number in range(5)} | {
-    "swin_t": 0.2, "swin_s": 0.3, "swin_b": 0.5,
-    "convnext_tiny": 0.1, "convnext_small": 0.4, "convnext_base": 0.5, "convnext_large": 0.5,
+    "swin_t": 0.2,
+    "swin_s": 0.3,
+    "swin_b": 0.5,
+    "convnext_tiny": 0.1,
+    "convnext_small": 0.4,
+    "convnext_base": 0.5,
+    "convnext_large": 0.5,
 }
 
 
@@ -219,8 +224,8 @@ def _remarks(given: argparse.Namespace, script: str) -> list[str]:
         (folder is not None, f"--checkpoint-dir {folder}: a run leaves {folder}/NAME/ with checkpoints/, metrics.csv "
             "and report.html; --name NAME chooses it"),
         (given.save_top_k == -1, "--save-top-k -1: every epoch's checkpoint is kept for good; best.pt is the best"),
-        (resumed.endswith(".ckpt"), f"--resume-from-checkpoint {resumed}: a Lightning checkpoint can't be continued; "
-            "give a file of ours, NAME/checkpoints/*.pt"),
+        (resumed.endswith(".ckpt"), f"--resume-from-checkpoint {resumed}: a Lightning checkpoint can't be continued, only "
+            "a file of ours, NAME/checkpoints/*.pt; --task.args.pretrained takes its weights"),
         (wandb is not None and wandb["project"] is None,
             "--wandb-project: not given, W&B lists the run as uncategorized"),
         (given.wandb_mode == "disabled", "--wandb-mode disabled: nothing goes to W&B"),

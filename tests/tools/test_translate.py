@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +14,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from conftest import REPOSITORY
+from models.vision.networks import TORCHVISION, build
+from small_pictures import write_cifar10, write_cifar100, write_folder
 
-from fabric_trainer import command
+from fabric_trainer import cli, command
 from fabric_trainer.config import flatten
 from tools import translate
 from tools.translate_vision import DROP_PATH
@@ -259,17 +265,16 @@ def test_the_scripts_other_flags_and_values(flags, keys, remark):
 
 
 def test_dropped_paths_are_those_of_the_librarys_networks():
-    from torchvision.models import get_model, list_models
+    from torchvision.models import get_model
     from torchvision.ops import StochasticDepth
 
-    def rates(name, **arguments):
-        return [part.p for part in get_model(name, **arguments).modules() if isinstance(part, StochasticDepth)]
+    def rates(network):
+        return [part.p for part in network.modules() if isinstance(part, StochasticDepth)]
 
     with torch.device("meta"):
-        for name in list_models():
-            if name in DROP_PATH:
-                assert rates(name, stochastic_depth_prob=DROP_PATH[name]) == rates(name) != []
-    assert set(list_models()) >= set(DROP_PATH)
+        for name in TORCHVISION:
+            ours = rates(build(name, 10, image_size=224, drop_path=DROP_PATH.get(name, 0.0)))
+            assert ours == pytest.approx(rates(get_model(name))), name
 
 
 @pytest.mark.parametrize(
@@ -316,3 +321,108 @@ def test_what_is_printed_and_written(home, capsys):
     assert "there is no folder no" in capsys.readouterr().err
     assert translate.main(["vision", "--epochs", "3"]) == 2
     assert "come after --" in capsys.readouterr().err
+
+
+# ---- the runs -----------------------------------------------------------------------------------------------------
+
+LAUNCHED = ("several devices", "production")  # by two processes; ddp asks for what the first does
+INLINE = ("anything", "ddp", "fast dev run", "validation", "smaller batches", "mixed precision", "accumulation of two",
+          "smaller model", "workers", "offline")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small sets in the published layouts."""
+    root = tmp_path_factory.mktemp("sets")
+    write_cifar100(write_cifar10(root, train=80, test=20), train=200, test=100)
+    return root
+
+
+def written(shown: Shown, sets: Path) -> list[str]:
+    """The arguments of train.py for a command, its configuration in vision.yaml. Replaced are: where the data lies, the
+    weights from elsewhere, GPUs by at most two processes on the CPU, fp16 by bfloat16, and W&B is offline."""
+    config, flags, _ = vision(words(shown.command))
+    Path("vision.yaml").write_text(translate.to_yaml(config))
+    keys = {"data.root": sets, "task.args.pretrained": False, "fabric.accelerator": "cpu"}
+    keys |= {"fabric.devices": 2} if "devices" in config.get("fabric", {}) else {}
+    keys |= {"fabric.precision": "bf16-mixed"} if "16" in config.get("fabric", {}).get("precision", "") else {}
+    keys |= {"loggers.wandb.mode": "offline"} if "loggers" in config else {}
+    return ["--config", "vision.yaml", *flags, *(word for key in keys for word in (f"--{key}", str(keys[key])))]
+
+
+def gpu(shown: Shown) -> bool:
+    return "--accelerator gpu" in shown.command or "--precision 16" in shown.command
+
+
+def slow_unless(quick: Any, cases: list[Shown]) -> list[Any]:
+    return [case if quick(case) else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+@commands(
+    slow_unless(lambda case: case.name not in INLINE, [case for case in SHOWN if "--devices" not in case.command])
+)
+def test_a_command_runs(shown, sets, home, capsys):
+    assert cli.main([*written(shown, sets), "--fast_dev_run"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^val/acc [01]\.", out, re.MULTILINE) and re.search(r"^test/acc [01]\.", out, re.MULTILINE)
+    assert not (home / "runs").exists()
+
+
+@pytest.mark.distributed
+@commands(slow_unless(lambda case: case.name in LAUNCHED, [case for case in SHOWN if "--devices" in case.command]))
+def test_a_command_runs_in_two_processes(shown, sets, home):
+    train = [sys.executable, str(REPOSITORY / "train.py"), *written(shown, sets), "--fast_dev_run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(train, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "x 2 ranks" in done.stdout and len(re.findall("^test/acc ", done.stdout, re.MULTILINE)) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the command would run")
+@commands([case for case in SHOWN if gpu(case)])
+def test_without_a_gpu_a_command_for_one_ends_in_a_line(shown, home, capsys):
+    config, *_ = vision(words(shown.command))
+    Path("vision.yaml").write_text(translate.to_yaml(config))
+    assert cli.main(["--config", "vision.yaml"]) == 2
+    err = capsys.readouterr().err
+    missing = "fabric.accelerator: cuda" if "--accelerator gpu" in shown.command else "fabric.precision: 16-mixed"
+    assert err.startswith(f"error: {missing}") and err.count("\n") == 1
+
+
+def test_a_translated_command_resumes_a_file_of_ours(sets, home, capsys):
+    (shown,) = (shown for shown in SHOWN if shown.name == "resume")
+    fast = ["--task.args.model", "fast", "--run.max_epochs", "2", "--checkpoint.keep_last", "9"]
+    assert cli.main([*written(Shown("first", f"{TRAIN}"), sets), *fast, "--name", "first"]) == 0
+    saved = [torch.load(path, weights_only=True) for path in (home / "runs/first/checkpoints").glob("step-*.pt")]
+    saved.sort(key=lambda state: state["counters"]["step"])
+    half, whole = saved
+    torch.save(half, "half.pt")
+    command = shown._replace(command=shown.command.replace("./checkpoints/model/epoch=50-val_acc=0.85.ckpt", "half.pt"))
+    capsys.readouterr()
+    assert cli.main([*written(command, sets), *fast, "--name", "second"]) == 0
+    assert "resumed from" in capsys.readouterr().out
+    again = torch.load(home / "runs/second/checkpoints/last.pt", weights_only=True)
+    assert again["counters"] == whole["counters"] and again["counters"]["step"] == 2 * half["counters"]["step"]
+    for name, weight in whole["model"].items():
+        assert torch.equal(again["model"][name], weight), name
+
+
+def test_a_lightning_checkpoint_is_refused_in_a_line(sets, home, capsys):
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, "epoch=50-val_acc=0.85.ckpt")
+    command = Shown("resume", "--resume-from-checkpoint epoch=50-val_acc=0.85.ckpt")
+    assert cli.main(written(command, sets)) == 2
+    err = capsys.readouterr().err
+    assert "epoch=50-val_acc=0.85.ckpt" in err and err.count("\n") == 1
+
+
+# ---- the recipes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cifar10_resnet18", "folder_convnext"])
+def test_a_recipe_runs(name, sets, home, capsys):
+    root = write_folder(home / "pictures", size=40) if name.startswith("folder") else sets
+    keys = ["--data.root", str(root), "--task.args.pretrained", "false", "--fabric.accelerator", "cpu"]
+    keys += ["--data.num_workers", "0"]
+    assert cli.main(["--config", str(REPOSITORY / "configs" / f"{name}.yaml"), *keys, "--fast_dev_run"]) == 0
+    monitored = {"cifar10_resnet18": "val/acc", "folder_convnext": "val_ema/acc"}[name]
+    assert re.search(rf"^{monitored} [01]\.", capsys.readouterr().out, re.MULTILINE)
