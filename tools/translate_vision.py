@@ -224,8 +224,8 @@ def _remarks(given: argparse.Namespace, script: str) -> list[str]:
         (folder is not None, f"--checkpoint-dir {folder}: a run leaves {folder}/NAME/ with checkpoints/, metrics.csv "
             "and report.html; --name NAME chooses it"),
         (given.save_top_k == -1, "--save-top-k -1: every epoch's checkpoint is kept for good; best.pt is the best"),
-        (resumed.endswith(".ckpt"), f"--resume-from-checkpoint {resumed}: a Lightning checkpoint can't be continued, only "
-            "a file of ours, NAME/checkpoints/*.pt; --task.args.pretrained takes its weights"),
+        (resumed.endswith(".ckpt"), f"--resume-from-checkpoint {resumed}: a file of Lightning's can't be "
+            "continued, only ours, NAME/checkpoints/*.pt; --task.args.pretrained takes its weights"),
         (wandb is not None and wandb["project"] is None,
             "--wandb-project: not given, W&B lists the run as uncategorized"),
         (given.wandb_mode == "disabled", "--wandb-mode disabled: nothing goes to W&B"),

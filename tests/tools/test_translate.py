@@ -264,7 +264,13 @@ def test_the_scripts_other_flags_and_values(flags, keys, remark):
     assert len(remarks) == bool(remark) and all(remark in line for line in remarks)
 
 
-def test_dropped_paths_are_those_of_the_librarys_networks():
+QUICKLY_BUILT = ("efficientnet_b0", "swin_t", "convnext_tiny", "resnet18")
+
+
+@pytest.mark.parametrize(
+    "model", [name if name in QUICKLY_BUILT else pytest.param(name, marks=pytest.mark.slow) for name in TORCHVISION]
+)
+def test_dropped_paths_are_those_of_the_librarys_network(model):
     from torchvision.models import get_model
     from torchvision.ops import StochasticDepth
 
@@ -272,9 +278,8 @@ def test_dropped_paths_are_those_of_the_librarys_networks():
         return [part.p for part in network.modules() if isinstance(part, StochasticDepth)]
 
     with torch.device("meta"):
-        for name in TORCHVISION:
-            ours = rates(build(name, 10, image_size=224, drop_path=DROP_PATH.get(name, 0.0)))
-            assert ours == pytest.approx(rates(get_model(name))), name
+        ours = build(model, 10, image_size=224, drop_path=DROP_PATH.get(model, 0.0))
+        assert rates(ours) == pytest.approx(rates(get_model(model)))
 
 
 @pytest.mark.parametrize(
@@ -325,9 +330,9 @@ def test_what_is_printed_and_written(home, capsys):
 
 # ---- the runs -----------------------------------------------------------------------------------------------------
 
-LAUNCHED = ("several devices", "production")  # by two processes; ddp asks for what the first does
-INLINE = ("anything", "ddp", "fast dev run", "validation", "smaller batches", "mixed precision", "accumulation of two",
-          "smaller model", "workers", "offline")  # fmt: skip
+# The others are of a configuration, or ask for a flag, that one of these has too
+QUICK = ("basic", "wandb", "16 bit", "bfloat16", "accumulation", "early stopping", "checkpoints", "resume", "profiler",
+         "quick baseline", "ddp", "production")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -340,27 +345,30 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(shown: Shown, sets: Path) -> list[str]:
     """The arguments of train.py for a command, its configuration in vision.yaml. Replaced are: where the data lies, the
-    weights from elsewhere, GPUs by at most two processes on the CPU, fp16 by bfloat16, and W&B is offline."""
+    weights from elsewhere, GPUs by at most two processes on the CPU, fp16 by bfloat16, W&B by its offline mode; and to
+    save time the loaders' processes, unless the command says how many, and the batch of each of two processes."""
     config, flags, _ = vision(words(shown.command))
     Path("vision.yaml").write_text(translate.to_yaml(config))
-    keys = {"data.root": sets, "task.args.pretrained": False, "fabric.accelerator": "cpu"}
-    keys |= {"fabric.devices": 2} if "devices" in config.get("fabric", {}) else {}
-    keys |= {"fabric.precision": "bf16-mixed"} if "16" in config.get("fabric", {}).get("precision", "") else {}
+    fabric = config.get("fabric", {})
+    keys: Keys = {"data.root": sets, "task.args.pretrained": "false", "fabric.accelerator": "cpu"}
+    keys |= {"fabric.devices": 2, "batch.micro_batch_size": 8} if "devices" in fabric else {}
+    keys |= {"fabric.precision": "bf16-mixed"} if fabric.get("precision") == "16-mixed" else {}
     keys |= {"loggers.wandb.mode": "offline"} if "loggers" in config else {}
-    return ["--config", "vision.yaml", *flags, *(word for key in keys for word in (f"--{key}", str(keys[key])))]
+    keys |= {} if "--num-workers" in shown.command else {"data.num_workers": 0}
+    pairs = (word for key, value in keys.items() for word in (f"--{key}", str(value)))
+    return ["--config", "vision.yaml", *flags, *pairs]
 
 
 def gpu(shown: Shown) -> bool:
     return "--accelerator gpu" in shown.command or "--precision 16" in shown.command
 
 
-def slow_unless(quick: Any, cases: list[Shown]) -> list[Any]:
-    return [case if quick(case) else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+def runs(several: bool) -> Any:
+    cases = [shown for shown in SHOWN if ("--devices" in shown.command) == several]
+    return commands([case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in cases])
 
 
-@commands(
-    slow_unless(lambda case: case.name not in INLINE, [case for case in SHOWN if "--devices" not in case.command])
-)
+@runs(several=False)
 def test_a_command_runs(shown, sets, home, capsys):
     assert cli.main([*written(shown, sets), "--fast_dev_run"]) == 0
     out = capsys.readouterr().out
@@ -369,7 +377,7 @@ def test_a_command_runs(shown, sets, home, capsys):
 
 
 @pytest.mark.distributed
-@commands(slow_unless(lambda case: case.name in LAUNCHED, [case for case in SHOWN if "--devices" in case.command]))
+@runs(several=True)
 def test_a_command_runs_in_two_processes(shown, sets, home):
     train = [sys.executable, str(REPOSITORY / "train.py"), *written(shown, sets), "--fast_dev_run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -422,7 +430,7 @@ def test_a_lightning_checkpoint_is_refused_in_a_line(sets, home, capsys):
 def test_a_recipe_runs(name, sets, home, capsys):
     root = write_folder(home / "pictures", size=40) if name.startswith("folder") else sets
     keys = ["--data.root", str(root), "--task.args.pretrained", "false", "--fabric.accelerator", "cpu"]
-    keys += ["--data.num_workers", "0"]
+    keys += ["--data.num_workers", "0", "--task.args.image_size", "32"]
     assert cli.main(["--config", str(REPOSITORY / "configs" / f"{name}.yaml"), *keys, "--fast_dev_run"]) == 0
     monitored = {"cifar10_resnet18": "val/acc", "folder_convnext": "val_ema/acc"}[name]
     assert re.search(rf"^{monitored} [01]\.", capsys.readouterr().out, re.MULTILINE)
