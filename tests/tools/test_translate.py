@@ -52,7 +52,7 @@ DEFAULTS: Keys = {
     "seed": 42,
 }
 FOUR_GPUS: Keys = {"fabric.accelerator": "gpu", "fabric.devices": 4, "fabric.strategy": "ddp"}
-TO_WANDB: Keys = {"loggers.wandb.watch": "all", "loggers.wandb.log_checkpoints": "best"}
+TO_WANDB: Keys = {}
 ASSUMED = ("--data-dir", "--pretrained")  # the flags that get a remark where they are left out
 
 
