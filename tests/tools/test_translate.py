@@ -15,11 +15,11 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
-from models.vision.networks import TORCHVISION, build
 from small_pictures import write_cifar10, write_cifar100, write_folder
 
 from fabric_trainer import cli, command
 from fabric_trainer.config import flatten
+from models.vision.networks import TORCHVISION, build
 from tools import translate
 from tools.translate_vision import DROP_PATH
 from tools.translate_vision import translate as vision
