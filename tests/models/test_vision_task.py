@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import REPOSITORY
 from lightning.fabric import Fabric
 from PIL import Image
 from small_pictures import write_cifar10, write_cifar100, write_fashionmnist, write_folder, write_mnist
@@ -184,16 +188,24 @@ def printed_metrics(out: str) -> dict[str, float]:
     return {name: float(value) for name, value in (line.split() for line in out.splitlines() if line[:4] == "val/")}
 
 
+@pytest.mark.distributed
 def test_metrics_are_those_of_scikit_learn(home, fruit, capsys):
-    """42 pictures in batches of 16: the last has 10."""
-    assert run("a", fruit, "--data.val_split=null", **FOLDER) == 0
+    """42 pictures in batches of 16, by one process and by two: the last batches have 10 and 5."""
+    assert run("a", fruit, "--data.val_split=null", "--run.max_epochs=1", **FOLDER) == 0
     capsys.readouterr()
     assert run("a", fruit, "--data.val_split=null", "--evaluate", "best", **FOLDER) == 0
     printed = printed_metrics(capsys.readouterr().out)
+    keys = [f"--task.args.{name}={value}" for name, value in FOLDER.items()]
+    command = [sys.executable, str(REPOSITORY / "train.py"), "--config=vision.yaml", "--name=a", "--evaluate=best"]
+    command += [f"--data.root={fruit}", "--data.val_split=null", "--fabric.devices=2", *keys]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    two = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150)
+    assert two.returncode == 0, two.stderr
     assert run("a", fruit, "--data.val_split=null", "--predict", "best", "--out", "p.csv", **FOLDER) == 0
     _, guess, probabilities, files = predicted(Path("p.csv"))
     truth = [Path(file).parts[1] for file in files]
     check_metrics(printed, truth, guess, ["apple", "pear", "plum"], "val")
+    check_metrics(printed_metrics(two.stdout), truth, guess, ["apple", "pear", "plum"], "val")
     assert files == sorted(files) and all((fruit / file).is_file() for file in files)
     assert all(1 / 3 <= p <= 1 for p in probabilities)
 
