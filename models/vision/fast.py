@@ -27,7 +27,7 @@ class FastNet(nn.Module):
         if classes < 1 or stem < 1 or not widths or min(widths) < 1:
             raise ValueError(f"needs classes, stem and widths of at least 1, not {classes=} {stem=} {widths=}")
         super().__init__()
-        self.stem = Layer(3, stem, pool=True)
+        self.stem = Layer(3, stem)
         self.stages = nn.Sequential(*(Stage(a, b) for a, b in zip((stem, *widths), widths, strict=False)))
         self.head = nn.Linear(widths[-1], classes, bias=False)
         self.scale = scale
