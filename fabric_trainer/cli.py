@@ -104,11 +104,11 @@ def dry_run(config: Config) -> int:
     """Check the configuration without touching a device or a file; list what this machine lacks for a real run."""
     from fabric_trainer import strategies
     from fabric_trainer.batch import resolve_accumulate, sizes
-    from fabric_trainer.optim import optimizer_class
+    from fabric_trainer.optim import optimizer_classes
 
     task = make_task(config)
     _callbacks(config)
-    optimizer_class(config.optim.name)
+    optimizer_classes(config.optim)
     problems = strategies.problems(config) + task.missing(data_root(config))
     ranks, auto = strategies.count_devices(config.fabric), config.batch.micro_batch_size == "auto"
     sizes(config.batch, ranks) if auto else resolve_accumulate(config.batch, ranks)

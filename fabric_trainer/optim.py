@@ -19,7 +19,7 @@ from fabric_trainer.config import OptimConfig
 from fabric_trainer.errors import InputError
 from fabric_trainer.imports import import_path
 from fabric_trainer.muon import Muon
-from fabric_trainer.several import Portion, Several, portions
+from fabric_trainer.several import HYBRID, Portion, Several, portions
 
 if TYPE_CHECKING:
     from fabric_trainer.freeze import Part
@@ -117,6 +117,12 @@ def optimizer_class(name: str) -> type[Optimizer]:
         near = difflib.get_close_matches(name.lower(), found, n=3) or sorted(found)
         raise InputError(f"optim.name: there is no {name}; did you mean {', '.join(near)}?")
     return found[name.lower()]
+
+
+def optimizer_classes(config: OptimConfig) -> list[type[Optimizer]]:
+    """All that ``optim`` names, the main one first. Raises InputError for a name that there isn't."""
+    main = "adamw" if config.name.lower() == HYBRID else config.name
+    return [optimizer_class(name) for name in (main, *(other.name for other in config.others))]
 
 
 def parameter_groups(

@@ -144,7 +144,9 @@ def test_fast_dev_run_leaves_no_folder(home, capsys):
 def test_dry_run_writes_nothing(home, capsys):
     before = sorted(home.rglob("*"))
     assert run("--dry_run") == 0
-    assert capsys.readouterr().out == "the configuration is valid\n"
+    assert run("--dry_run", "--optim.name=muon_hybrid") == 0
+    assert capsys.readouterr().out == "the configuration is valid\n" * 2
+    assert "there is no adanw" in error(capsys, "--dry_run", "--optim.others=[{match: [bias], name: adanw}]")
     assert "does not divide the 3 processes" in error(
         capsys, "--dry_run", "--fabric.devices=3", "--fabric.strategy=fsdp", "--fabric.tensor_parallel_size=2"
     )

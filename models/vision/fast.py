@@ -13,16 +13,16 @@ class FastNet(nn.Module):
     """Float pictures (B, 3, H, W), normalised, to logits (B, classes).
 
     In the manner of the networks that are trained on CIFAR-10 within minutes (ResNet-9, Page,
-    myrtle.ai/how-to-train-your-resnet; airbench, Jordan, arXiv 2404.00498). Each layer's time on two CPU cores was
-    measured: a convolution earns its keep where it has at least 64 channels, and at full size the normalisation and
-    pooling cost more than the arithmetic; so the stem halves the picture before anything else, and each stage again.
+    myrtle.ai/how-to-train-your-resnet; airbench, Jordan, arXiv 2404.00498): few layers, max pooling early in each,
+    residual ones between. In two minutes on two CPU cores and 6,000 pictures it did better than half and twice its
+    widths, and than a stem that pools.
 
-    stem: channels after the first convolution. widths: of the stages. H and W: at least 2 ** (1 + stages). scale: of
-    the logits, which keeps the first losses, and with them the first updates, small.
+    stem: channels after the first convolution. widths: of the stages, each of which halves H and W. scale: of the
+    logits, which keeps the first losses, and with them the first updates, small.
     """
 
     def __init__(
-        self, classes: int, *, stem: int = 32, widths: Sequence[int] = (64, 128, 256), scale: float = 0.125
+        self, classes: int, *, stem: int = 24, widths: Sequence[int] = (48, 96, 192), scale: float = 0.125
     ) -> None:
         if classes < 1 or stem < 1 or not widths or min(widths) < 1:
             raise ValueError(f"needs classes, stem and widths of at least 1, not {classes=} {stem=} {widths=}")
