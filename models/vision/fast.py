@@ -14,10 +14,9 @@ class FastNet(nn.Module):
 
     In the manner of the networks that are trained on CIFAR-10 within minutes (ResNet-9, Page,
     myrtle.ai/how-to-train-your-resnet; airbench, Jordan, arXiv 2404.00498): few layers, max pooling early in each,
-    residual ones between. In two minutes on two CPU cores and 6,000 pictures it did better than half and twice its
-    widths, and than a stem that pools.
+    residual ones between.
 
-    stem: channels after the first convolution. widths: of the stages, each of which halves H and W. scale: of the
+    stem: channels after the first convolution. widths: of the blocks, each of which halves H and W. scale: of the
     logits, which keeps the first losses, and with them the first updates, small.
     """
 
@@ -28,16 +27,16 @@ class FastNet(nn.Module):
             raise ValueError(f"needs classes, stem and widths of at least 1, not {classes=} {stem=} {widths=}")
         super().__init__()
         self.stem = Layer(3, stem)
-        self.stages = nn.Sequential(*(Stage(a, b) for a, b in zip((stem, *widths), widths, strict=False)))
+        self.blocks = nn.Sequential(*(Block(a, b) for a, b in zip((stem, *widths), widths, strict=False)))
         self.head = nn.Linear(widths[-1], classes, bias=False)
         self.scale = scale
 
     def forward(self, pictures: Tensor) -> Tensor:
-        features = self.stages(self.stem(pictures))
+        features = self.blocks(self.stem(pictures))
         return self.head(features.amax((2, 3))) * self.scale  # where a thing is does not matter, that it is does
 
 
-class Stage(nn.Module):
+class Block(nn.Module):
     """(B, a, H, W) -> (B, b, H/2, W/2): more channels and half the size, then a residual layer."""
 
     def __init__(self, a: int, b: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from models.vision.fast import FastNet, Layer, Stage
+from models.vision.fast import Block, FastNet, Layer
 
 
 @pytest.mark.parametrize(("classes", "size"), [(10, 32), (7, 48), (10, 64)])
@@ -45,10 +45,10 @@ def reference(network: FastNet, x: Tensor) -> Tensor:
         return nn.Sequential(conv, nn.MaxPool2d(2) if pool else nn.Identity(), norm.eval(), nn.ReLU())(x)
 
     x = layer(network.stem, x, pool=False)
-    for stage in network.stages:
-        assert isinstance(stage, Stage)
-        x = layer(stage.widen, x, pool=True)
-        x = x + layer(stage.refine, x, pool=False)
+    for block in network.blocks:
+        assert isinstance(block, Block)
+        x = layer(block.widen, x, pool=True)
+        x = x + layer(block.refine, x, pool=False)
     return nn.functional.linear(x.flatten(2).max(2).values, network.head.weight) * network.scale
 
 
