@@ -332,7 +332,7 @@ def test_what_is_printed_and_written(home, capsys):
 
 # The others are of a configuration, or ask for a flag, that one of these has too
 QUICK = ("basic", "wandb", "16 bit", "bfloat16", "accumulation", "early stopping", "checkpoints", "resume", "profiler",
-         "quick baseline", "ddp", "production")  # fmt: skip
+         "fast dev run", "validation", "anything", "quick baseline", "ddp", "production")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
