@@ -50,7 +50,7 @@ class Boundary(AbstractContextManager["Boundary"]):
             raise InputError("early_stopping.restore_best needs a folder to write to: the best weights are in best.pt")
         self.checkpoints: Checkpoints | None = None
         if folder is not None and self.fabric.is_global_zero:
-            self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
+            self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint, record.loggers.log_checkpoint)
             self.checkpoints.forget_after(state.counters.window)
         self.snapshots = Snapshots(state, folder)
         self.metrics: dict[str, float] = {}
@@ -181,6 +181,7 @@ class Boundary(AbstractContextManager["Boundary"]):
             {**place, "samples": counters.samples, "seconds": counters.seconds, **self.metrics}
         )
         self.record.metrics(self.metrics)
+        self.record.best()
         self.record.settled()
         for split in dict.fromkeys(name.partition("/")[0] for name in self.metrics):
             self._show(split, counters.step, self.metrics)

@@ -27,13 +27,17 @@ from fabric_trainer.portable import Leaf, local, whole
 from fabric_trainer.sharded import disk_error, sha256
 
 INDEX = "index.json"
+Written = Callable[[Path, dict[str, Any]], None]
 
 
 class Checkpoints:
-    """The checkpoint folder of a run; on rank 0 alone."""
+    """The checkpoint folder of a run; on rank 0 alone.
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
-        self.folder, self.config = folder, config
+    written: called with the path and the index entry of each file once it is complete, in the thread that wrote it.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, written: Written = lambda path, entry: None) -> None:
+        self.folder, self.config, self.written = folder, config, written
         folder.mkdir(parents=True, exist_ok=True)
         self.index: dict[str, dict[str, Any]] = read_index(folder)
         self._snapshot = Snapshot()
@@ -93,10 +97,16 @@ class Checkpoints:
         try:
             with HashingFile(hidden(path)) as file:
                 torch.save(state, file)  # type: ignore[arg-type]
-            self.enter(path, entry | {"sha256": file.sha256, "bytes": file.bytes})
+            entry |= {"sha256": file.sha256, "bytes": file.bytes}
+            self.enter(path, entry)
         except Exception as error:  # raised again in the training thread, by wait()
             cause = disk_error(error)
             self._error = error if cause is None else not_written(path, cause)
+            return
+        try:
+            self.written(path, entry)
+        except Exception as error:  # likewise
+            self._error = error
 
     def enter(self, path: Path, entry: dict[str, Any]) -> None:
         """Give what was written beside its name, and drop what is no longer to be kept."""

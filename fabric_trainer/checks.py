@@ -118,6 +118,7 @@ def check(config: Config) -> None:
         raise InputError("batch.accumulate and batch.global_batch_size are both set: one follows from the other")
     _check_freeze(config)
     _check_optim(config)
+    _check_wandb(config)
     try:
         check_accumulate(config.batch.accumulate)
     except ValueError as error:
@@ -230,6 +231,21 @@ def _check_control(config: Config) -> None:
         raise InputError("early_stopping.patience needs a metric: set early_stopping.monitor or checkpoint.monitor")
     if stopping.restore_best and (checkpoint.monitor is None or checkpoint.top_k < 1):
         raise InputError("early_stopping.restore_best needs best.pt: set checkpoint.monitor, checkpoint.top_k above 0")
+
+
+def _check_wandb(config: Config) -> None:
+    wandb, checkpoint = config.loggers.wandb, config.checkpoint
+    if wandb is None or wandb.log_checkpoints == "none":
+        return
+    if checkpoint.sharded:
+        raise InputError(
+            f"loggers.wandb.log_checkpoints: {wandb.log_checkpoints} sends files, and checkpoint.sharded writes "
+            "folders; one of the two must be left out"
+        )
+    if wandb.log_checkpoints == "best" and (checkpoint.monitor is None or checkpoint.top_k < 1):
+        raise InputError(
+            "loggers.wandb.log_checkpoints: best needs best.pt: set checkpoint.monitor, checkpoint.top_k above 0"
+        )
 
 
 def _check_compile(config: CompileConfig) -> None:

@@ -308,6 +308,25 @@ class WandbConfig:
     """A description of the run."""
     mode: Literal["online", "offline"] = "online"
     """offline: written beside the run, for wandb sync."""
+    watch: Literal["none", "gradients", "parameters", "all"] = "none"
+    """Histograms every run.log_every_n_steps updates: of gradients as the optimizer gets them, of the parameters that
+    it leaves."""
+    log_checkpoints: Literal["none", "best", "all"] = "none"
+    """Checkpoints as artifacts: best.pt when the run ends or is stopped; all: each once it is on disk."""
+
+
+@dataclass
+class MlflowConfig:
+    """MLflow."""
+
+    tracking_uri: str | None = None
+    """A server or sqlite:///FILE; else $MLFLOW_TRACKING_URI, else mlflow.db in run.root."""
+    experiment: str = "Default"
+    """Where the run is listed; made where there is none."""
+    run_name: str | None = None
+    """Shown for the run; else the name of its folder."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """To find runs by: {dataset: cifar10}."""
 
 
 @dataclass
@@ -319,7 +338,9 @@ class LoggersConfig:
     tensorboard: bool = True
     """TensorBoard events."""
     wandb: WandbConfig | None = None
-    """Weights & Biases: {project, entity, name, group, tags, notes, mode}."""
+    """Weights & Biases: {project, entity, name, group, tags, notes, mode, watch, log_checkpoints}."""
+    mlflow: MlflowConfig | None = None
+    """MLflow: {tracking_uri, experiment, run_name, tags}."""
 
 
 @dataclass

@@ -42,6 +42,11 @@ class History:
         """The measurement of the test split, after the last update."""
         self.tests = [dict(values)]
 
+    def best(self, metric: str | None, mode: str) -> Entry | None:
+        """The evaluation with the smallest (mode min) or largest finite value of the metric; of equals the first."""
+        measured = [entry for entry in self.evaluations if math.isfinite(entry.get(metric or "", math.nan))]
+        return (min if mode == "min" else max)(measured, key=lambda entry: entry[metric or ""], default=None)
+
     def state_dict(self) -> dict[str, Any]:
         """A copy of the lists: plain lists, dicts and numbers."""
         return copy.deepcopy({"evaluations": self.evaluations, "epochs": self.epochs, "tests": self.tests})

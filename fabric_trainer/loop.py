@@ -87,6 +87,7 @@ def fit(
                 with profiler("clip"):
                     update.norm, update.part_norms = state.engine.clip(), state.engine.part_norms
                 settle(state, record)
+                record.gradients()
                 update.rates = state.set_learning_rate()
                 with profiler("step"):
                     state.guard.step(update.norm)

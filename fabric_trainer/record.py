@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fabric_trainer.errors import FAILED
 from fabric_trainer.loggers import Loggers
 from fabric_trainer.memory import Gauge
 from fabric_trainer.progress import Progress
@@ -58,13 +59,13 @@ class Record(AbstractContextManager["Record"]):
             self.progress = Progress(state.steps, state.counters.step)
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-                self.loggers = Loggers.build(folder, state.config, folder.name)
+                self.loggers = Loggers.build(folder, state.config, folder.name, state.layers)
                 # also at step 0: the run may have been killed before its first checkpoint
                 self.loggers.cut_back(state.counters.step)
                 state.history.write(folder)
 
-    def __exit__(self, *_: object) -> None:
-        self.loggers.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.loggers.close(FAILED if kind else self.state.stopped)
         if self.progress is not None:
             self.progress.close()
 
@@ -104,6 +105,16 @@ class Record(AbstractContextManager["Record"]):
     def metrics(self, values: dict[str, float]) -> None:
         """Hand evaluation metrics or epoch means to the loggers."""
         self.loggers.log_metrics(self.state.counters.step, values)
+
+    def gradients(self) -> None:
+        """Let the loggers see those of the update under way: whole, and as the optimizer will."""
+        self.loggers.log_gradients(self.state.counters.step + 1, self.state.module)
+
+    def best(self) -> None:
+        """Tell the loggers which evaluation is the best so far by checkpoint.monitor."""
+        checkpoint = self.state.config.checkpoint
+        if best := self.state.history.best(checkpoint.monitor, checkpoint.mode):
+            self.loggers.log_best(best)
 
     def settled(self) -> None:
         """Everything on disk that a checkpoint of this moment must find there."""

@@ -41,7 +41,7 @@ from fabric_trainer.profiler import Profiler
 from fabric_trainer.ranks import data_parallel
 from fabric_trainer.sam import Sam
 from fabric_trainer.sharded import SHARDS, Shards
-from fabric_trainer.summary import module_table
+from fabric_trainer.summary import layers, module_table
 from fabric_trainer.task import Task
 
 FORMAT = 1
@@ -90,7 +90,8 @@ class State:
         if saved:
             self.freezer.load_state_dict(saved["states"].get("freeze"), saved["counters"]["step"])
         self.freezer.apply(network)
-        self.modules = module_table(network)  # now: a strategy may leave this rank's pieces in it
+        # now: a strategy may leave this rank's pieces in it
+        self.modules, self.layers = module_table(network), layers(network)
         self.compilation = Compilation(fabric, config)
         self._set_up(network)
         oom = config.faults.oom

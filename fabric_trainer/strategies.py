@@ -75,6 +75,7 @@ _SHARDED = Row(
     ("32-true", "bf16-mixed", "bf16-true", "64-true"),
     sharded_save=True,
 )
+SHARDED = ("fsdp", "fsdp1", "tensor_parallel", "deepspeed")
 _OF_FABRIC = ("32-true", "16-mixed", "bf16-mixed", "bf16-true")
 TABLE = {
     "single": Row("none", ("split", "restart"), sam=True),
@@ -213,6 +214,10 @@ def _of_updates(config: Config, resolved: Resolved) -> Refusals:
         (
             config.run.log_gradient_norms != "none" and name == "deepspeed",
             "run.log_gradient_norms: deepspeed keeps gradients in buffers of its own; leave it none",
+        ),
+        (
+            config.loggers.wandb is not None and config.loggers.wandb.watch != "none" and name in SHARDED,
+            f"loggers.wandb.watch: {name} has gradients and weights in pieces; leave it none, or take single or ddp",
         ),
         (config.clip.p != 2 and not row.clip_p, f"clip.p: {name} measures the 2-norm alone, not {config.clip.p}"),
         (

@@ -48,6 +48,25 @@ def module_table(network: nn.Module, depth: int = 2) -> Table:
     return table
 
 
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A module that has parameters of its own, or no modules in it. parameters: name in it -> shape."""
+
+    name: str
+    kind: str
+    parameters: dict[str, tuple[int, ...]]
+
+
+def layers(network: nn.Module) -> list[Layer]:
+    """Of the network, in order. Parameters not yet initialised are left out."""
+    found = []
+    for name, module in network.named_modules():
+        own = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False) if not is_lazy(p)}
+        if own or not list(module.children()):
+            found.append(Layer(name, type(module).__name__, own))
+    return found
+
+
 def print_summary(console: Console, *, modules: Table, order_lines: Mapping[str, str]) -> None:
     """Print the network's table (``module_table``) and, below it, ``order_lines`` (label -> text) in two columns."""
     width = min(WIDTH, console.width) if console.is_terminal else WIDTH

@@ -1,12 +1,8 @@
-"""Loggers against what other readers see: csv, TensorBoard's EventAccumulator, W&B's own transaction log."""
+"""Loggers against what other readers see: csv, TensorBoard's EventAccumulator."""
 
 import csv
 import json
 import math
-import struct
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fabric_trainer.config import Config, LoggersConfig, WandbConfig
-from fabric_trainer.errors import InputError
+from fabric_trainer.config import Config, LoggersConfig
+from fabric_trainer.csv_logger import CsvLogger
 from fabric_trainer.history import History, read_history
-from fabric_trainer.loggers import CsvLogger, Loggers, TensorBoardLogger
+from fabric_trainer.loggers import Loggers
+from fabric_trainer.tensorboard_logger import TensorBoardLogger
 
 
 def rows(first: int, last: int, session: int = 0) -> list[dict[str, float]]:
@@ -178,87 +175,6 @@ def test_tensorboard_reader_that_is_already_open_forgets_too(tmp_path: Path) -> 
         *((s, float(s)) for s in range(1, 5)),
         *((s, s + 0.125) for s in range(5, 8)),
     ]
-
-
-# ---- Weights & Biases -----------------------------------------------------------------------------------------------
-
-WANDB_SESSION = """
-import sys
-from pathlib import Path
-from fabric_trainer.config import WandbConfig
-from fabric_trainer.loggers import WandbLogger
-folder, cut, first, last = Path(sys.argv[1]), *map(int, sys.argv[2:])
-logger = WandbLogger(folder, WandbConfig(project="test", mode="offline", tags=["a"]), "some run", {"seed": 3})
-if cut:
-    logger.cut_back(cut)
-logger.log_updates([{"step": s, "train/loss": float(s)} for s in range(first, last + 1)])
-logger.log_metrics(last, {"val/loss": 0.5})
-logger.close()
-"""
-
-
-def wandb_records(data: bytes) -> Iterator[bytes]:
-    """The records of a transaction log: LevelDB's format, blocks of 32 KiB, after a header of 7 bytes."""
-    position, parts = 7, b""
-    while position + 7 <= len(data):
-        if (room := -position % 32768) and room < 7:  # no header fits into the rest of the block
-            position += room
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield parts
-            parts = b""
-
-
-def wandb_history(folder: Path) -> list[tuple[str, int, dict[str, float]]]:
-    """(run id, step, values) of every step in the transaction logs of all offline runs in ``folder``."""
-    from wandb.proto import wandb_internal_pb2
-
-    found = []
-    for path in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
-        for data in wandb_records(path.read_bytes()):
-            record = wandb_internal_pb2.Record.FromString(data)
-            if record.HasField("history"):
-                values = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-                kept = {k: v for k, v in values.items() if not k.startswith("_")}
-                found.append((path.stem.removeprefix("run-"), int(values["_step"]), kept))
-    return found
-
-
-def test_wandb_offline_resume_sends_nothing_twice(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    for arguments in ([0, 1, 5], [3, 4, 8]):  # the second is resumed at 3, and repeats 4 and 5
-        command = [sys.executable, "-c", WANDB_SESSION, str(tmp_path), *map(str, arguments)]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-    found = wandb_history(tmp_path)
-    note = json.loads((tmp_path / "wandb.json").read_text())
-    assert {run_id for run_id, _, _ in found} == {note["id"]}
-    assert note["step"] == 8
-    assert [(step, values["train/loss"]) for _, step, values in found] == [(s, float(s)) for s in range(1, 9)]
-    assert [step for _, step, values in found if "val/loss" in values] == [5, 8]
-
-
-@pytest.mark.parametrize("empty_folder", [False, True])  # ./wandb/, left by runs, imports as a package without init
-def test_wandb_missing_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_folder: bool) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", type(sys)("wandb") if empty_folder else None)  # type: ignore[arg-type]
-    config = Config(loggers=LoggersConfig(wandb=WandbConfig(mode="offline")))
-    with pytest.raises(InputError, match="pip install wandb"):
-        Loggers.build(tmp_path, config, "run")
-    assert list(tmp_path.iterdir()) == []
-    Loggers.build(tmp_path, Config(), "run").close()
-
-
-def test_nothing_imports_wandb_unasked(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from fabric_trainer.config import Config, LoggersConfig\n"
-        "from fabric_trainer.loggers import Loggers\n"
-        f"loggers = Loggers.build(Path({str(tmp_path)!r}), Config(loggers=LoggersConfig(tensorboard=False)), 'r')\n"
-        "loggers.log_updates([{'step': 1, 'a': 1.0}]); loggers.close()\n"
-        "assert 'wandb' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
 # ---- together -------------------------------------------------------------------------------------------------------

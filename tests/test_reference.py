@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fabric_trainer.config import Config, LookaheadConfig, OtherConfig, SamConfig, WandbConfig, flatten, to_yaml
+from fabric_trainer.config import Config, LookaheadConfig, MlflowConfig, OtherConfig, SamConfig, WandbConfig, flatten, to_yaml
 from tools import reference
 
 
@@ -38,6 +38,7 @@ def test_every_key_has_one_row_its_default_and_a_meaning():
     tree = yaml.safe_load(to_yaml(Config()))
     inner = {
         "loggers.wandb": WandbConfig(),
+        "loggers.mlflow": MlflowConfig(),
         "optim.others": OtherConfig(),
         "optim.lookahead": LookaheadConfig(),
         "optim.sam": SamConfig(),

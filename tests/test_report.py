@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fabric_trainer.config import Config, to_yaml
+from fabric_trainer.csv_logger import CsvLogger
 from fabric_trainer.curves import Line, draw, number, read_metrics, smooth, thin, wants_log
 from fabric_trainer.history import History
-from fabric_trainer.loggers import CsvLogger
 from fabric_trainer.report import save_picture, write_report
 from tools import report as tool
 
