@@ -6,7 +6,16 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fabric_trainer.config import Config, LookaheadConfig, MlflowConfig, OtherConfig, SamConfig, WandbConfig, flatten, to_yaml
+from fabric_trainer.config import (
+    Config,
+    LookaheadConfig,
+    MlflowConfig,
+    OtherConfig,
+    SamConfig,
+    WandbConfig,
+    flatten,
+    to_yaml,
+)
 from tools import reference
 
 
