@@ -12,7 +12,7 @@ import torch
 from conftest import REPOSITORY
 
 OPTIONAL = ("wandb", "torch_optimizer", "accelerate", "hypothesis", "pytest", "_pytest", "ruff", "mypy", "mypyc")
-OPTIONAL += ("onnx", "onnxruntime", "onnxscript", "safetensors", "optuna")
+OPTIONAL += ("onnx", "onnxruntime", "onnxscript", "safetensors", "optuna", "mlflow")
 
 
 @pytest.fixture(scope="module")
