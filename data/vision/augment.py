@@ -111,6 +111,5 @@ def _mirrored(start: Tensor, size: int) -> Tensor:
 @lru_cache
 def _constants(mean: Colour, std: Colour, device: torch.device) -> tuple[Tensor, Tensor]:
     """What to subtract from pixels of 0 … 255 and to multiply them by then; kept, as a copy to a GPU would wait."""
-    with torch.inference_mode(False):  # the first to ask may be an evaluation
-        centre, spread = (255 * torch.tensor(colour, device=device).view(3, 1, 1) for colour in (mean, std))
-        return centre, 1 / spread
+    centre, spread = (255 * torch.tensor(colour, device=device).view(3, 1, 1) for colour in (mean, std))
+    return centre, 1 / spread
