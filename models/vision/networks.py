@@ -232,8 +232,8 @@ def head_names(network: nn.Module) -> list[str]:
 
 def blocks(network: nn.Module) -> list[nn.Module]:
     """The repeated parts, in the network's order: BasicBlock, MBConv, EncoderBlock, … None lies in another, and a
-    vgg has none. A class is repeated where a container holds two of it in a row; bare layers and stages, which hold
-    the blocks, do not count."""
+    vgg has none. A class is repeated where a container holds two of it in a row; bare layers, and stages that
+    hold blocks, do not count."""
     return list(_named_blocks(network).values())
 
 
@@ -304,5 +304,5 @@ def _named_blocks(network: nn.Module) -> dict[str, nn.Module]:
 def _is_block(module: nn.Module) -> bool:
     kind = type(module)
     layer = kind.__module__.startswith("torch.nn.") or next(module.children(), None) is None
-    bare = layer or isinstance(module, _CONTAINERS) or kind.__name__.endswith("Stage")
-    return not bare and next(module.parameters(), None) is not None
+    stage = kind.__name__.endswith("Stage") and any(isinstance(part, _CONTAINERS) for part in module.modules())
+    return not (layer or stage or isinstance(module, _CONTAINERS)) and next(module.parameters(), None) is not None
