@@ -92,6 +92,15 @@ def build(
     return network
 
 
+def colours(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and spread, of red, green and blue in [0, 1], that pictures had where the library trained its weights."""
+    from timm import get_pretrained_cfg
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    published = None if model in TORCHVISION else get_pretrained_cfg(model.removeprefix("timm/"))
+    return (published.mean, published.std) if published else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
 # ---- of each library ----------------------------------------------------------------------------------------------
 
 

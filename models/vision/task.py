@@ -58,10 +58,10 @@ class ImageClassification(Task):
     seed. corrupt_limit: picture files that may be left out because they can't be decoded.
 
     model: fast (ours), one of the 28 torchvision names, any other name of timm's. pretrained: true for the library's
-    own weights, or a file's path. num_classes: outputs; else as many as there are classes. image_size: pixels of a
-    side; else the set's own, 224 for a folder. drop_path: stochastic depth. stem: cifar begins a torchvision resnet
-    with a 3x3 convolution of stride 1 and no pooling. model_args: further ones of the library's builder. channels_last:
-    memory format of the network and its input.
+    own weights, whose normalisation the pictures then get, or a file's path. num_classes: outputs; else as many as
+    there are classes. image_size: pixels of a side; else the set's own, 224 for a folder. drop_path: stochastic depth.
+    stem: cifar begins a torchvision resnet with a 3x3 convolution of stride 1 and no pooling. model_args: further ones
+    of the library's builder. channels_last: memory format of the network and its input.
 
     transforms: of training pictures (``TrainTransform``); an evaluation never sees any. flip: mirror half of them; else
     unless the set is mnist. padding: pixels by which pictures are shifted at most; else an eighth of the size,
@@ -153,8 +153,10 @@ class ImageClassification(Task):
             self.padding = size // 8 if self.policy != "none" and (whole or self.resident) else 0
         if not self.padding < size:
             raise InputError(f"task.args.padding: {self.padding} must be less than the pictures' {size} pixels")
+        self.colours = MEAN[self.name], STD[self.name]
         if self.pretrained is True:
             self.network()  # fetched by one process, for all
+            self.colours = networks.colours(self.model)
 
     def missing(self, root: Path) -> list[str]:
         data = self.data_config
@@ -240,7 +242,7 @@ class ImageClassification(Task):
             pixels = shifted(pixels, random, self.padding)
         if self.flip:
             pixels = flipped(pixels, random)
-        pictures = normalised(pixels, MEAN[self.name], STD[self.name])
+        pictures = normalised(pixels, *self.colours)
         if self.cutout:
             pictures = cutout(pictures, random, self.cutout)
         return erased(pictures, random, self.erasing) if self.erasing else pictures
@@ -261,7 +263,7 @@ class ImageClassification(Task):
 
     def logits(self, network: nn.Module, batch: Batch) -> Tensor:
         """Of pictures as they are: float32 (B, classes)."""
-        pictures = normalised(self._pixels(batch, batch["place"]), MEAN[self.name], STD[self.name])
+        pictures = normalised(self._pixels(batch, batch["place"]), *self.colours)
         return network(self._laid_out(pictures)).float()
 
     def evaluate(self, network: nn.Module, batch: Batch, meters: dict[str, Metric]) -> dict[str, Tensor]:

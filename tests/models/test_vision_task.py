@@ -286,3 +286,12 @@ def test_a_dry_run_names_what_is_missing(home, tmp_path, capsys):
     assert run("a", tmp_path / "nowhere", "--dry_run", pretrained="weights.pt") == 0
     out = capsys.readouterr().out
     assert "data.root: cifar10 is not there" in out and "task.args.pretrained: weights.pt is not there" in out
+
+
+def test_pretrained_networks_get_pictures_as_their_weights_did(cifar, monkeypatch):
+    """timm's inception-style networks were trained on (-1, 1); nothing is fetched here."""
+    monkeypatch.setattr(ImageClassification, "network", lambda self: None)
+    for model, mean, std in (("vit_base_patch16_224.augreg_in21k", 0.5, 0.5), ("resnet18", 0.485, 0.229)):
+        task = ImageClassification(model=model, pretrained=True)
+        task.prepare(cifar)
+        assert (task.colours[0][0], task.colours[1][0]) == (mean, std)
