@@ -9,6 +9,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -86,6 +87,7 @@ def plain(message: str) -> str:
     return re.sub(r"<class '(\w+)'>", r"\1", message)
 
 
+@cache  # it takes longer than what it parses
 def _config_parser() -> _Parser:
     parser = _Parser(
         description="Train a task on Lightning Fabric. Every key below may stand in a YAML file too.",

@@ -202,7 +202,12 @@ def accumulating(fabric: Fabric, network: Any, more: bool) -> AbstractContextMan
 
 @contextmanager
 def _frozen_collector() -> Iterator[None]:
-    """Keep the garbage collector off what is there already: modules and data, which it would walk again and again."""
+    """Keep the garbage collector off what is there already: modules and data, which it would walk again and again.
+
+    A caller that has done so is left alone: its own freeze would be undone at the end."""
+    if gc.get_freeze_count():
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:

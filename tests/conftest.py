@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,16 @@ from lightning.fabric import Fabric
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def pytest_collection_finish() -> None:
+    """All is imported now: a million objects, which the collector needs not walk in every test."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries complain of what is left at the end
 
 
 @pytest.fixture

@@ -139,6 +139,18 @@ def test_numbers_read_alike_in_yaml_and_on_the_command_line(tmp_path, text, valu
     assert config.optim.args == {"eps": value} and not isinstance(config.optim.args["eps"], str)
 
 
+def test_configurations_share_nothing(tmp_path):
+    """The parser is kept, with its defaults."""
+    text = BASE + "optim: {others: [{match: [head]}], args: {eps: 1.0}}"
+    first, second = (parsed(tmp_path, text) for _ in range(2))
+    before = asdict(second)
+    first.optim.args["eps"], first.task.args["width"], first.clip.agc_exempt[:] = 2.0, 8, ["head"]
+    first.freeze.schedule[0], first.callbacks[:] = [], ["a.B"]
+    first.optim.others[0].match.append("embed")
+    assert asdict(second) == before == asdict(parsed(tmp_path, text))
+    assert parsed(tmp_path).optim.others == [] and parsed(tmp_path) == parsed(tmp_path)
+
+
 def test_infinity_for_the_largest_element(tmp_path):
     assert parsed(tmp_path, BASE + "clip: {p: .inf}").clip.p == math.inf
     assert parsed(tmp_path, BASE, "--clip.p=.inf").clip.p == math.inf
