@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -146,6 +147,7 @@ TUTORIAL_RUN = "fabric: {strategy: deepspeed, deepspeed: {config: tutorial.json}
 def worker() -> None:
     """In each process: the snippets one after the other; codes.json keeps their exit codes."""
     torch.set_num_threads(1)
+    gc.freeze()  # so that no run walks what is imported
     codes: dict[str, int] = {}
     runs = [(name, snippet, ["--fast_dev_run"]) for name, snippet in on_cpus().items()]
     runs.append(("tutorial", TUTORIAL_RUN, ["--name", "tutorial", "--run.max_steps", "20"]))

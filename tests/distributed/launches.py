@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 import yaml
 from systems import STRATEGIES, document
 
@@ -48,7 +48,7 @@ def run_worker(
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(document(strategy, **sections)))
     command = [sys.executable, str(HERE / "worker.py"), str(folder), name, json.dumps(jobs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    done = warm.run(command, env=environment, timeout=timeout)
     assert done.returncode == 0, f"{strategy}: {done.stdout[-2000:]}\n{done.stderr[-6000:]}"
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent), str(HERE)]
 
 import pytest
 import torch
+import warm
 import yaml
 from launches import AVERAGES, ending, results, run_worker
 from systems import document
@@ -70,7 +70,7 @@ def launch(folder: Path, jobs: dict[str, Any], **sections: dict[str, Any]) -> No
     (folder / "fsdp1.yaml").write_text(yaml.safe_dump(configured(**sections)))
     command = [sys.executable, __file__, str(folder), "fsdp1", json.dumps(jobs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = warm.run(command, env=environment)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import warm
 import yaml
 from conftest import REPOSITORY
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Parallel(Regression):
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(REPOSITORY / "train.py"), "--config", "toy.yaml", "--name", "a", *arguments]
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY / 'tests'}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return warm.run(command, cwd=folder, env=environment, timeout=120)
 
 
 @pytest.fixture(scope="module")

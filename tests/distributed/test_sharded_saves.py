@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 import yaml
 from launches import results, run_worker
 from systems import Masked, document
@@ -173,9 +174,7 @@ def killed_before_the_rename() -> Killed:
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(HERE.parents[1] / "train.py"), "--config", "toy.yaml", *arguments]
     environment = os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, start_new_session=True
-    )
+    return warm.run(command, cwd=folder, env=environment, timeout=120)
 
 
 @pytest.fixture(scope="module")

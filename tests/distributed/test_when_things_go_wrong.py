@@ -6,7 +6,6 @@ Updates have three micro-batches of two samples on each of two ranks: forwards 6
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 import yaml
 from launches import HERE, results, run_worker
 from systems import document
@@ -37,9 +37,7 @@ def start(folder: Path, strategy: str, *flags: str, **fault: Any) -> tuple[int, 
     command = [sys.executable, str(HERE / "train_cpu.py"), "--config", f"{strategy}.yaml", "--name", "run", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     began = time.monotonic()
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=120, env=environment, check=False
-    )
+    done = warm.run(command, cwd=folder, env=environment, timeout=120)
     return done.returncode, done.stdout + done.stderr, time.monotonic() - began
 
 
