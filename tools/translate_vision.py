@@ -194,7 +194,7 @@ def _loggers(given: argparse.Namespace, script: str) -> Section:
     )
     if given.wandb_mode == "disabled" or not (asked or "wandb" in script):
         return {}
-    return {"wandb": {"project": None} | asked}
+    return {"wandb": {"project": None} | asked | {"watch": "all", "log_checkpoints": "best"}}
 
 
 def _some(**values: Any) -> Section:

@@ -52,7 +52,7 @@ DEFAULTS: Keys = {
     "seed": 42,
 }
 FOUR_GPUS: Keys = {"fabric.accelerator": "gpu", "fabric.devices": 4, "fabric.strategy": "ddp"}
-TO_WANDB: Keys = {}
+TO_WANDB: Keys = {"loggers.wandb.watch": "all", "loggers.wandb.log_checkpoints": "best"}
 ASSUMED = ("--data-dir", "--pretrained")  # the flags that get a remark where they are left out
 
 
@@ -414,6 +414,15 @@ def test_a_translated_command_resumes_a_file_of_ours(sets, home, capsys):
     assert steps == [steps[0], 2 * steps[0], 2 * steps[0]]
     for name, weight in whole["model"].items():
         assert torch.equal(again["model"][name], weight), name
+
+
+@pytest.mark.slow
+def test_a_translated_command_logs_to_wandb(sets, home):
+    (shown,) = (shown for shown in SHOWN if shown.name == "wandb")
+    small = ["--task.args.model", "fast", "--task.args.drop_path", "0", "--run.max_epochs", "1"]
+    assert cli.main([*written(shown, sets), *small, "--name", "a"]) == 0
+    (offline,) = (home / "runs/a/wandb").glob("offline-run-*")
+    assert list(offline.glob("*.wandb"))
 
 
 def test_a_lightning_checkpoint_is_refused_in_a_line(sets, home, capsys):
