@@ -62,8 +62,7 @@ class Loggers(Logger):
         if wanted.mlflow is not None:  # the first two can be refused, so they come before anything is written
             from fabric_trainer.mlflow_logger import MlflowLogger
 
-            mlflow = MlflowLogger(folder, wanted.mlflow, run_name, config)
-            loggers.loggers.append(mlflow)
+            loggers.loggers.append(MlflowLogger(folder, wanted.mlflow, run_name, config))
         if wanted.wandb is not None:
             from fabric_trainer.wandb_logger import WandbLogger
 
