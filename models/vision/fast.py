@@ -21,7 +21,7 @@ class FastNet(nn.Module):
     """
 
     def __init__(
-        self, classes: int, *, stem: int = 24, widths: Sequence[int] = (48, 96, 192), scale: float = 0.125
+        self, classes: int, *, stem: int = 16, widths: Sequence[int] = (48, 96, 192), scale: float = 0.125
     ) -> None:
         if classes < 1 or stem < 1 or not widths or min(widths) < 1:
             raise ValueError(f"needs classes, stem and widths of at least 1, not {classes=} {stem=} {widths=}")
