@@ -1,7 +1,13 @@
-"""Reader of PDEBench's HDF5 layout."""
+"""Reader of PDEBench's HDF5 layout: ``read`` for lines, whole; ``fields`` for lines and planes, as they are asked for.
+
+``tensor`` (N, T, X), (N, T, H, W) or (N, T, H, W, C) with ``x-coordinate``, on planes ``y-coordinate``, and
+``t-coordinate``; a system may have a dataset per channel. Darcy flow has ``nu`` (N, H, W), the permeability that is
+given, and ``tensor`` (N, 1, H, W), the solution. The last axis of a plane is x.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +15,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from data.fields import MOST_CHANNELS, Fields, Stored, arranged_shape, centres, contents, coordinate, opened
 from fabric_trainer.errors import InputError
 
 
@@ -35,27 +42,66 @@ def read(path: Path, dataset: str = "tensor", samples: int | None = None) -> Tra
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected PDEBench HDF5 with a dataset '{dataset}'")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(f"{path}: not a readable HDF5 file ({error})") from None
-    with file:
+    with opened(path) as file:
         for name in (dataset, "x-coordinate", "t-coordinate"):
             if not isinstance(file.get(name), h5py.Dataset):
-                raise InputError(f"{path}: expected a dataset '{name}', found {_contents(file)}")
+                raise InputError(f"{path}: expected a dataset '{name}', found {contents(file)}")
         stored, x, t = file[dataset], file["x-coordinate"][:], file["t-coordinate"][:]
         # t may be one longer than the frames: PDEBench writes the end of the last interval too
         fits = stored.ndim == 3 and stored.shape[2] == len(x) and stored.shape[1] in (len(t), len(t) - 1)
         if not fits:
             raise InputError(
                 f"{path}: expected '{dataset}' of shape (samples, times, {len(x)}) with {len(t)} or {len(t) - 1} "
-                f"times, found {_contents(file)}"
+                f"times, found {contents(file)}"
             )
         u = stored[:samples].astype(np.float32, copy=False)
         return Trajectories(u, x.astype(np.float32), t[: u.shape[1]].astype(np.float32), dict(file.attrs))
 
 
-def _contents(file: h5py.File) -> str:
-    names: list[str] = []
-    file.visititems(lambda name, item: names.append(f"'{name}' {item.shape}") if hasattr(item, "shape") else None)
-    return ", ".join(names) or "no dataset"
+def fields(path: Path, datasets: str | Sequence[str] = "tensor", given: str | None = None) -> Fields:
+    """A file's fields on a line or a plane, read when they are asked for.
+
+    datasets: the field, or one for each channel; named, never guessed: the largest one may be an input. given: of a
+    steady problem, the dataset of what is given, ``nu`` for Darcy flow; then the two are the frames. Raises InputError.
+    """
+    path = Path(path)
+    names = (datasets,) if isinstance(datasets, str) else tuple(datasets)
+    if given is not None and (len(names) > 1 or given in names):
+        raise InputError(f"{path}: a steady problem has one solution beside what is given ({given}), not {names}")
+    with opened(path) as file:
+        found = [_stored(file, name, steady=given is not None) for name in ((given, *names) if given else names)]
+        first = found[0][1]
+        for stored, shape in found[1:]:
+            if shape[:2] + shape[3:] != first[:2] + first[3:] or (given and shape != first):
+                raise InputError(f"{path}: '{stored.name}' {shape} does not fit {first} (N, T, C, H, W)")
+        n, t, _, h, w = first
+        x, y = coordinate(file, "x", w), coordinate(file, "y", h)
+        return Fields(
+            name=path.stem,
+            paths=(path,),
+            datasets=tuple(stored for stored, _ in found),
+            counts=(n,),
+            shape=(n, 2, first[2], h, w) if given else (n, t, sum(shape[2] for _, shape in found), h, w),
+            steady=given is not None,
+            x=centres(w) if x is None else x,
+            y=centres(h) if y is None else y,
+            t=None if given else coordinate(file, "t", t),
+            attributes=dict(file.attrs),
+        )
+
+
+def _stored(file: h5py.File, name: str, steady: bool) -> tuple[Stored, tuple[int, int, int, int, int]]:
+    """What a dataset's axes are, and its shape as (N, T, C, H, W). A file with a ``y-coordinate`` is on a plane."""
+    stored = file.get(name)
+    if not isinstance(stored, h5py.Dataset):
+        raise InputError(f"{file.filename}: expected a dataset '{name}', found {contents(file)}")
+    plane = steady or stored.ndim == 5 or "y-coordinate" in file
+    layouts = {4: "NTHW", 5: "NTHWC"} if plane else {3: "NTX", 4: "NTXC"}
+    layout = "NHW" if steady and stored.ndim == 3 else layouts.get(stored.ndim)
+    shape = arranged_shape(stored.shape, layout) if layout else (0, 0, 0, 0, 0)
+    if layout is None or 0 in shape or shape[2] > MOST_CHANNELS or (steady and shape[1] != 1):
+        right = "(N, H, W) or (N, 1, H, W)" if steady else "(N, T, H, W[, C])" if plane else "(N, T, X[, C])"
+        raise InputError(f"{file.filename}: expected '{name}' as {right}, found {stored.shape}")
+    if stored.dtype.kind != "f":
+        raise InputError(f"{file.filename}: expected '{name}' as floating point, found {stored.dtype}")
+    return Stored(name, layout), shape
