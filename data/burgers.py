@@ -3,21 +3,21 @@
     u_t + (u^2/2)_x = (nu/pi) u_xx,   x in (0, 1) periodic
 
 Equations, scheme and initial conditions are those of PDEBench's 1-D Burgers set (Takamoto et al., NeurIPS 2022, which
-divides its ``Nu`` by pi); the code is our own. A trajectory is a function of (nu, nx, frames, seed, its number) alone:
-it doesn't depend on how many others are made beside it.
+divides its ``Nu`` by pi); the code is our own. The file: ``tensor`` (samples, frames, nx), ``x-coordinate`` (nx,),
+``t-coordinate`` (frames + 1,), attribute ``Nu``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
+
+from data.generated import Fields
+from data.generated import check as check
+from data.generated import ensure as ensure
+from data.waves import centres, initial_condition
 
 Array = NDArray[np.float64]
 
@@ -54,67 +54,20 @@ class Burgers:
         """What the file says about itself; ``Nu`` is PDEBench's own."""
         return {"Nu": self.nu, "seed": self.seed, "version": VERSION}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"tensor": (self.samples, self.frames, self.nx)}
 
-# ---- the files ----------------------------------------------------------------------------------------------------
+    @property
+    def coordinates(self) -> dict[str, Array]:
+        """``t-coordinate`` is one longer than the frames, as in PDEBench."""
+        return {"x-coordinate": centres(self.nx), "t-coordinate": np.arange(self.frames + 1) * FRAME_TIME}
 
+    def fields(self) -> Fields:
+        return {"tensor": generate(self)}
 
-def ensure(folder: Path, burgers: Burgers, say: Callable[[str], None] = print) -> Path:
-    """The set's HDF5 file in ``folder``, made where it is missing, damaged or another's; ``say`` hears which and why.
-
-    Its datasets: ``tensor`` float32 (samples, frames, nx), ``x-coordinate`` float32 (nx,), ``t-coordinate`` float32
-    (frames + 1,), one longer than the frames as in PDEBench. The file is written beside and renamed, so that a killed
-    process never leaves half of one; the same parameters give the same bytes.
-    """
-    path = Path(folder) / burgers.file_name
-    fault = check(path, burgers)
-    if fault is None:
-        return path
-    if path.exists():
-        say(f"{path}: {fault}; making it anew")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, burgers, generate(burgers))
-    return path
-
-
-def check(path: Path, burgers: Burgers) -> str | None:
-    """What is wrong with the file, in a few words, or None. Reads it whole: about 0.1 s for 30 MB."""
-    if not path.is_file():
-        return "missing"
-    try:
-        with h5py.File(path, "r") as file:
-            shape = (burgers.samples, burgers.frames, burgers.nx)
-            if file["tensor"].shape != shape:
-                return f"holds {file['tensor'].shape}, not {shape}"
-            for name, value in burgers.attributes.items():
-                if file.attrs.get(name) != value:
-                    return f"its {name} is {file.attrs.get(name)}, not {value}"
-            if file.attrs.get("sha256") != _digest(file["tensor"][:]):
-                return "its content does not match its checksum"
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
-        return f"can't be read ({error})"
-    return None
-
-
-def _write(path: Path, burgers: Burgers, tensor: NDArray[np.float32]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with h5py.File(beside, "w") as file:
-            file["tensor"] = tensor
-            file["x-coordinate"] = centres(burgers.nx).astype(np.float32)
-            file["t-coordinate"] = (np.arange(burgers.frames + 1) * FRAME_TIME).astype(np.float32)
-            file.attrs.update({**burgers.attributes, "sha256": _digest(tensor)})
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _digest(tensor: NDArray[np.float32]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(tensor, "<f4").tobytes()).hexdigest()
-
-
-# ---- the physics --------------------------------------------------------------------------------------------------
+    def fault(self, fields: Fields) -> str | None:
+        return fault(fields["tensor"])
 
 
 def generate(burgers: Burgers) -> NDArray[np.float32]:
@@ -129,32 +82,17 @@ def generate(burgers: Burgers) -> NDArray[np.float32]:
     return np.concatenate([chunk(first) for first in range(0, burgers.samples, CHUNK)])
 
 
-def centres(nx: int) -> Array:
-    """Cell centres of the unit interval: float64 (nx,)."""
-    return (np.arange(nx) + 0.5) / nx
-
-
-def initial_condition(random: np.random.Generator, nx: int) -> Array:
-    """One of PDEBench's random initial conditions: float64 (nx,).
-
-    A sum of sines A sin(k x + phi). Modes 1..4 are drawn twice with replacement, and a mode's multiplicity 0, 1 or 2
-    multiplies its wavenumber: modes that were not drawn add constants, a mode drawn twice has the doubled frequency.
-    """
-    x = centres(nx)
-    multiplicity = np.bincount(random.integers(0, 4, 2), minlength=4)
-    wavenumber = 2 * np.pi * np.arange(1, 5) * multiplicity / (x[-1] - x[0])
-    amplitude, phase = random.uniform(size=4), random.uniform(0, 2 * np.pi, 4)
-    u = amplitude @ np.sin(wavenumber[:, None] * x + phase[:, None])
-    # drawn whether used or not, so that each draw has its own place in the stream
-    chance_absolute, chance_window, sign = random.uniform(size=3)
-    left, right = random.uniform(0.1, 0.45), random.uniform(0.55, 0.9)
-    if chance_absolute < 0.1:
-        u = np.abs(u)
-    if sign < 0.5:
-        u = -u
-    if chance_window < 0.1:
-        u = u * 0.5 * (np.tanh((x - left) / 0.01) - np.tanh((x - right) / 0.01))
-    return u
+def fault(u: NDArray[np.float32]) -> str | None:
+    """Which law u (N, frames, X) breaks by more than rounding: its mean is conserved, its energy never grows."""
+    u = u.astype(np.float64)
+    scale = np.abs(u).max()
+    drift = np.abs(u.mean(2) - u[:, :1].mean(2)).max()
+    if not drift <= 1e-6 * scale:
+        return f"the mean of u drifts by {drift:.1e}"
+    growth = np.diff((u**2).mean(2), axis=1).max(initial=0)
+    if not growth <= 1e-6 * scale**2:
+        return f"the energy grows by {growth:.1e} in a frame"
+    return None
 
 
 def solve(start: Array, viscosity: float, frames: int, frame_time: float = FRAME_TIME) -> Array:
