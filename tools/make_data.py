@@ -22,7 +22,9 @@ def main() -> None:
         command = commands.add_parser(name, description=kind.__doc__)
         command.add_argument("folder", type=Path, help="where the file goes, under a name with its parameters")
         for field in dataclasses.fields(kind):
-            command.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help="%(default)s")
+            command.add_argument(
+                f"--{field.name}", type=type(field.default), default=field.default, help="default %(default)s"
+            )
     arguments = vars(parser.parse_args())
     kind, folder = SETS[arguments.pop("name")], arguments.pop("folder")
     try:
