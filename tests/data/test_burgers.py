@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -175,14 +173,3 @@ def test_bytes_of_the_first_version(tmp_path: Path) -> None:
     """A file that was made once stays valid. Its digest is of float32, so other machines' rounding seldom shows."""
     with h5py.File(ensure(tmp_path, SMALL)) as file:
         assert file.attrs["sha256"] == "af6ea3d07060cd5369fe69487835180122f33b1d49670eeaafb30b72ef814d59"
-
-
-def test_tool(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.make_data", "burgers", str(tmp_path)]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [*command, "--nx", "32", "--samples", "3", "--frames", "6"], cwd=root, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and check(Path(done.stdout.strip()), SMALL) is None
-    wrong = subprocess.run([*command, "--nx", "1"], cwd=root, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "nx >= 4" in wrong.stderr
