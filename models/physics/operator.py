@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models.physics.conditioner import AdaLNConditioner
+
 # ---- attention ----------------------------------------------------------------------------------------------------
 
 
@@ -43,13 +45,16 @@ class ChannelAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over tokens; q and k normalised per head, *after* the projection, where ``qk_norm``."""
+    """Self-attention over tokens; q and k normalised per head, *after* the projection, where ``qk_norm``.
 
-    def __init__(self, dim: int, heads: int, qk_norm: bool) -> None:
+    dropout: of the attention weights and of the result.
+    """
+
+    def __init__(self, dim: int, heads: int, qk_norm: bool, dropout: float = 0.0) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"num_heads {heads} must divide hidden_dim {dim}")
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.q_norm = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
@@ -57,8 +62,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p=dropout)
+        return F.dropout(self.proj(y.transpose(1, 2).flatten(2)), dropout)
 
 
 # ---- core "pdet_unet" ---------------------------------------------------------------------------------------------
@@ -180,7 +186,9 @@ class StackCore(nn.Module):
     """Plain transformer "pdet_stack": (B, T, input_dim) -> (B, T, input_dim).
 
     attention_type: "standard" or "channel_separated" (with ``group_size``). drop_path grows linearly over the blocks
-    to its value. use_activation_checkpoint recomputes every block in the backward pass: less memory, more time.
+    to its value. dropout: in the feed-forward nets and in standard attention. use_activation_checkpoint recomputes
+    every block in the backward pass: less memory, more time. (The UPS recomputes attention and feed-forward net one by
+    one; a whole block keeps one tensor instead of two or more, and its norms are all that it recomputes besides.)
     """
 
     def __init__(
@@ -203,7 +211,7 @@ class StackCore(nn.Module):
 
         def attention() -> nn.Module:
             if attention_type == "standard":
-                return Attention(hidden_dim, num_heads, qk_norm)
+                return Attention(hidden_dim, num_heads, qk_norm, dropout)
             return ChannelAttention(hidden_dim, group_size, num_heads)
 
         equal = input_dim == hidden_dim
@@ -249,7 +257,7 @@ class LatentOperator(nn.Module):
     happens there; at 1 a token that stays as it is can say so.
 
     dim: width of a token. architecture: "pdet_unet" or "pdet_stack". core: the arguments of that core, input_dim
-    left out.
+    left out. sources, source_hidden: of an AdaLNConditioner that stands before the core, where conditions are given.
     """
 
     def __init__(
@@ -258,6 +266,8 @@ class LatentOperator(nn.Module):
         architecture: str = "pdet_unet",
         core: Mapping[str, Any] | None = None,
         norm_eps: float = 1e-5,
+        sources: Mapping[str, int] | None = None,
+        source_hidden: int = 128,
     ) -> None:
         super().__init__()
         if architecture not in CORES:
@@ -270,9 +280,13 @@ class LatentOperator(nn.Module):
         self.core = CORES[architecture](input_dim=dim, **core)
         self.output_norm = nn.LayerNorm(dim, eps=norm_eps)
         nn.init.zeros_(self.output_norm.weight)
+        self.conditioner = AdaLNConditioner(dim, sources, source_hidden) if sources else None
 
-    def forward(self, z: Tensor, dt: Tensor | float) -> Tensor:
-        """z: (B, T, dim); dt: a number or (B,) -> (B, T, dim)."""
+    def forward(self, z: Tensor, dt: Tensor | float, cond: Mapping[str, Tensor] | None = None) -> Tensor:
+        """z: (B, T, dim); dt: a number or (B,); cond: (B, numbers) of each source -> (B, T, dim)."""
         dt = torch.as_tensor(dt, dtype=z.dtype, device=z.device).reshape(-1, 1)
         time = self.time_to_latent(self.time_embed(dt))
-        return z + self.output_norm(self.core(z + time[:, None]))
+        x = z + time[:, None]
+        if self.conditioner is not None:
+            x = self.conditioner(x, cond)
+        return z + self.output_norm(self.core(x))
