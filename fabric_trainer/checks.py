@@ -6,8 +6,17 @@ What needs the task's class or a device is checked where that is built; what a s
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 
-from fabric_trainer.config import BatchConfig, CompileConfig, Config, EmaConfig, MuonConfig
+from fabric_trainer.config import (
+    BatchConfig,
+    ClipConfig,
+    CompileConfig,
+    Config,
+    EmaConfig,
+    FabricConfig,
+    MuonConfig,
+)
 from fabric_trainer.duration import seconds
 from fabric_trainer.errors import InputError
 from fabric_trainer.every import Every
@@ -15,96 +24,74 @@ from fabric_trainer.order import check_accumulate
 
 YEAR = 525_600  # minutes
 FOLLOW_A_METRIC = ("adaptive", "advanced")  # strategies of freezing
-LEASTS = {  # the smallest values in the sections of freeze
-    "fixed": {"phase1_epochs": 1, "unfreeze": 1},
-    "adaptive": {"patience": 1, "min_improvement": 0},
-    "progressive": {"interval": 1, "limit": 1},
-    "early_gradual": {"from_epoch": 0, "per_epoch": 1},
-    "gradient_guided": {
-        "threshold": 0,
-        "sampling_epochs": 0,
-        "patience": 0,
-        "per_epoch": 1,
-        "warmup_epochs": 1,
-        "probes": 1,
-    },
-    "advanced": {
-        "threshold": 0,
-        "analysis_window": 0,
-        "patience": 0,
-        "per_epoch": 1,
-        "warmup_epochs": 1,
-        "probes": 2,  # a change of sign is between two
-        "rollback_patience": 1,
-        "rollback_threshold": 0,
-        "emergency_epoch": 0,
-        "emergency_patience": 1,
-        "emergency_units": 1,
-        "emergency_warmup": 1,
-    },
+LEASTS = {  # the smallest values; null is right where the key's type has it
+    "batch.global_batch_size": 1,
+    "checkpoint.keep_last": 1,
+    "checkpoint.top_k": 0,
+    "data.num_workers": 0,
+    "early_stopping.patience": 1,
+    "ema.start": 0,
+    "evaluate.micro_batch_size": 1,
+    "fabric.num_nodes": 1,
+    "fabric.tensor_parallel_size": 1,
+    "faults.budget": 0,
+    "faults.spike_warmup": 1,
+    "freeze.fixed.phase1_epochs": 1,
+    "freeze.fixed.unfreeze": 1,
+    "freeze.adaptive.patience": 1,
+    "freeze.adaptive.min_improvement": 0,
+    "freeze.progressive.interval": 1,
+    "freeze.progressive.limit": 1,
+    "freeze.early_gradual.from_epoch": 0,
+    "freeze.early_gradual.per_epoch": 1,
+    "freeze.gradient_guided.threshold": 0,
+    "freeze.gradient_guided.sampling_epochs": 0,
+    "freeze.gradient_guided.patience": 0,
+    "freeze.gradient_guided.per_epoch": 1,
+    "freeze.gradient_guided.warmup_epochs": 1,
+    "freeze.gradient_guided.probes": 1,
+    "freeze.advanced.threshold": 0,
+    "freeze.advanced.analysis_window": 0,
+    "freeze.advanced.patience": 0,
+    "freeze.advanced.per_epoch": 1,
+    "freeze.advanced.warmup_epochs": 1,
+    "freeze.advanced.probes": 2,  # a change of sign is between two
+    "freeze.advanced.rollback_patience": 1,
+    "freeze.advanced.rollback_threshold": 0,
+    "freeze.advanced.emergency_epoch": 0,
+    "freeze.advanced.emergency_patience": 1,
+    "freeze.advanced.emergency_units": 1,
+    "freeze.advanced.emergency_warmup": 1,
+    "profiler.wait": 0,
+    "profiler.warmup": 0,
+    "profiler.updates": 1,
+    "run.log_every_n_steps": 1,
+    "run.max_epochs": 1,
+    "run.max_steps": 1,
+    "run.overfit_batches": 1,
+    "schedule.warmup": 0,
+    "schedule.every": 1,
+    "schedule.patience": 0,
+    "seed": 0,
+    "tune.updates": 20,
+    "tune.max_batch_size": 1,
 }
+INTERVALS = ("evaluate.every", "checkpoint.every", "checkpoint.keep_every", "run.cleanup_every", "ema.snapshots")
 WIDEST = 12**-0.5  # relative width of an average that weighs all updates alike
 
 
 def check(config: Config) -> None:
     """Raise InputError for values that no run can have."""
-    _batch(config.batch)
-    _at_least("run.log_every_n_steps", config.run.log_every_n_steps, 1)
-    _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
-    _at_least("data.num_workers", config.data.num_workers, 0)
-    _at_least("seed", config.seed, 0)
-    _at_least("fabric.num_nodes", config.fabric.num_nodes, 1)
-    _at_least("schedule.warmup", config.schedule.warmup, 0)
-    _at_least("schedule.every", config.schedule.every, 1)
-    _at_least("schedule.patience", config.schedule.patience, 0)
-    _at_least("faults.budget", config.faults.budget, 0)
-    _at_least("checkpoint.top_k", config.checkpoint.top_k, 0)
-    _at_least("profiler.wait", config.profiler.wait, 0)
-    _at_least("profiler.warmup", config.profiler.warmup, 0)
-    _at_least("profiler.updates", config.profiler.updates, 1)
-    _at_least("tune.updates", config.tune.updates, 20)
-    _at_least("tune.max_batch_size", config.tune.max_batch_size, 1)
-    for key, length in (
-        ("run.max_epochs", config.run.max_epochs),
-        ("run.max_steps", config.run.max_steps),
-        ("run.overfit_batches", config.run.overfit_batches),
-        ("early_stopping.patience", config.early_stopping.patience),
-        ("batch.global_batch_size", config.batch.global_batch_size),
-        ("evaluate.micro_batch_size", config.evaluate.micro_batch_size),
-        ("fabric.tensor_parallel_size", config.fabric.tensor_parallel_size),
-    ):
-        if length is not None:
-            _at_least(key, length, 1)
-    clip = config.clip
-    for key, limit in (("norm", clip.norm), ("value", clip.value), ("agc", clip.agc), ("p", clip.p)):
-        if limit is not None and not limit > 0:
-            raise InputError(f"clip.{key} must be above 0, not {limit}")
-    tune = config.tune
-    if not 0 < tune.min_lr < tune.max_lr < math.inf:
-        raise InputError(f"tune.min_lr must be above 0 and below tune.max_lr, not {tune.min_lr} and {tune.max_lr}")
-    if not 0 <= tune.smoothing < 1:
-        raise InputError(f"tune.smoothing must be at least 0 and below 1, not {tune.smoothing}")
-    limits = [key for key in ("norm", "value", "agc") if getattr(clip, key) is not None]
-    if len(limits) > 1:
-        raise InputError(f"{' and '.join(f'clip.{key}' for key in limits)} are both set: clip by one of them")
-    if clip.agc_exempt and clip.agc is None:
-        raise InputError(f"clip.agc_exempt is {clip.agc_exempt}, and clip.agc is not set")
-    if not 0 < config.fabric.timeout <= YEAR:
-        raise InputError(f"fabric.timeout must be above 0 minutes and at most {YEAR}, not {config.fabric.timeout}")
-    blocks = config.fabric.fsdp.blocks
-    if blocks == [] or (isinstance(blocks, int) and blocks < 1):
-        raise InputError(f"fabric.fsdp.blocks must be class names, a number above 0 or null, not {blocks}")
-    _check_compile(config.compile)
-    for section, value in (("evaluate.every", config.evaluate.every), ("checkpoint.every", config.checkpoint.every)):
-        _interval(section, value)
-    for section, interval in (
-        ("checkpoint.keep_every", config.checkpoint.keep_every),
-        ("run.cleanup_every", config.run.cleanup_every),
-    ):
-        if interval is not None:
-            _interval(section, interval)
-    if taken := {"activities", "schedule", "on_trace_ready"} & config.profiler.args.keys():
-        raise InputError(f"profiler.args: leave {min(taken)} out; profiler.wait, warmup and updates say what is traced")
+    for key in (*LEASTS, *INTERVALS):
+        path, _, name = key.rpartition(".")
+        section = attrgetter(path)(config) if path else config
+        value = getattr(section, name)
+        if value is None and type(section).__annotations__[name].endswith("| None"):
+            continue
+        if key in LEASTS:
+            _at_least(key, value, LEASTS[key])
+        else:
+            _interval(key, value)
     if config.run.max_epochs is None and config.run.max_steps is None:
         raise InputError("run.max_epochs or run.max_steps must say how long to train")
     if config.schedule.name == "plateau" and config.checkpoint.monitor is None:
@@ -112,17 +99,60 @@ def check(config: Config) -> None:
     share = config.data.val_split
     if share is not None and not 0 < share < 1:
         raise InputError(f"data.val_split must be a share above 0 and below 1, or null, not {share}")
+    _check_batch(config.batch)
+    _check_clip(config.clip)
+    _check_tools(config)
+    _check_fabric(config.fabric)
+    _check_compile(config.compile)
     _check_ema(config.ema)
     _check_control(config)
-    if config.batch.global_batch_size is not None and config.batch.accumulate != 1:
-        raise InputError("batch.accumulate and batch.global_batch_size are both set: one follows from the other")
     _check_freeze(config)
     _check_optim(config)
     _check_wandb(config)
+
+
+def _check_batch(batch: BatchConfig) -> None:
+    if batch.micro_batch_size != "auto":
+        _at_least("batch.micro_batch_size", batch.micro_batch_size, 1)
+    elif batch.global_batch_size is None:
+        raise InputError("batch.micro_batch_size: auto needs batch.global_batch_size, which says how much an update is")
+    if batch.global_batch_size is not None and batch.accumulate != 1:
+        raise InputError("batch.accumulate and batch.global_batch_size are both set: one follows from the other")
     try:
-        check_accumulate(config.batch.accumulate)
+        check_accumulate(batch.accumulate)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def _check_clip(clip: ClipConfig) -> None:
+    for key in ("norm", "value", "agc", "p"):
+        limit = getattr(clip, key)
+        if limit is not None and not limit > 0:
+            raise InputError(f"clip.{key} must be above 0, not {limit}")
+    limits = [key for key in ("norm", "value", "agc") if getattr(clip, key) is not None]
+    if len(limits) > 1:
+        raise InputError(f"{' and '.join(f'clip.{key}' for key in limits)} are both set: clip by one of them")
+    if clip.agc_exempt and clip.agc is None:
+        raise InputError(f"clip.agc_exempt is {clip.agc_exempt}, and clip.agc is not set")
+
+
+def _check_tools(config: Config) -> None:
+    """The finders and the profiler."""
+    tune = config.tune
+    if not 0 < tune.min_lr < tune.max_lr < math.inf:
+        raise InputError(f"tune.min_lr must be above 0 and below tune.max_lr, not {tune.min_lr} and {tune.max_lr}")
+    if not 0 <= tune.smoothing < 1:
+        raise InputError(f"tune.smoothing must be at least 0 and below 1, not {tune.smoothing}")
+    if taken := {"activities", "schedule", "on_trace_ready"} & config.profiler.args.keys():
+        raise InputError(f"profiler.args: leave {min(taken)} out; profiler.wait, warmup and updates say what is traced")
+
+
+def _check_fabric(fabric: FabricConfig) -> None:
+    if not 0 < fabric.timeout <= YEAR:
+        raise InputError(f"fabric.timeout must be above 0 minutes and at most {YEAR}, not {fabric.timeout}")
+    blocks = fabric.fsdp.blocks
+    if blocks == [] or (isinstance(blocks, int) and blocks < 1):
+        raise InputError(f"fabric.fsdp.blocks must be class names, a number above 0 or null, not {blocks}")
 
 
 def _check_optim(config: Config) -> None:
@@ -141,16 +171,10 @@ def _check_optim(config: Config) -> None:
         raise InputError(f"optim.sam.rho must be above 0, not {optim.sam.rho}")
     if spike is not None and not spike > 1:
         raise InputError(f"faults.spike must be above 1, times the running norm, not {spike}")
-    _at_least("faults.spike_warmup", config.faults.spike_warmup, 1)
 
 
 def _check_freeze(config: Config) -> None:
     freeze = config.freeze
-    for section, leasts in LEASTS.items():
-        for key, least in leasts.items():
-            value = getattr(getattr(freeze, section), key)
-            if value is not None:
-                _at_least(f"freeze.{section}.{key}", value, least)
     for key, share in (
         ("early_gradual.target", freeze.early_gradual.target),
         ("advanced.emergency_start", freeze.advanced.emergency_start),
@@ -205,11 +229,8 @@ def _check_ema(config: EmaConfig) -> None:
     for key, values in (("decay", config.decays), ("power", config.power)):
         if len(set(values)) < len(values):
             raise InputError(f"ema.{key}: {values} has a value twice")
-    _at_least("ema.start", config.start, 0)
-    if config.snapshots is not None:
-        _interval("ema.snapshots", config.snapshots)
-        if not config.power:
-            raise InputError(f"ema.snapshots: {config.snapshots!r} are of power averages; set ema.power: [0.05, 0.1]")
+    if config.snapshots is not None and not config.power:
+        raise InputError(f"ema.snapshots: {config.snapshots!r} are of power averages; set ema.power: [0.05, 0.1]")
 
 
 def _check_control(config: Config) -> None:
@@ -257,15 +278,8 @@ def _check_compile(config: CompileConfig) -> None:
         raise InputError(f"compile.mode: {config.mode} is for compile.backend inductor, not for {config.backend}")
 
 
-def _batch(batch: BatchConfig) -> None:
-    if batch.micro_batch_size != "auto":
-        _at_least("batch.micro_batch_size", batch.micro_batch_size, 1)
-    elif batch.global_batch_size is None:
-        raise InputError("batch.micro_batch_size: auto needs batch.global_batch_size, which says how much an update is")
-
-
-def _at_least(key: str, value: float, least: int) -> None:
-    if not value >= least:  # nor is a NaN
+def _at_least(key: str, value: float | None, least: int) -> None:
+    if value is None or not value >= least:  # nor is a NaN
         raise InputError(f"{key} must be at least {least}, not {value}")
 
 

@@ -242,6 +242,7 @@ def test_print_config_is_a_config(home):
     assert run("--dry_run") == 0
 
 
+@pytest.mark.slow  # with two ranks each: test_launching.py
 @pytest.mark.distributed
 def test_fabric_run_and_plain_python_behave_alike(home):
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "tests"), "OMP_NUM_THREADS": "1"}

@@ -333,6 +333,8 @@ def test_a_command_that_sets_the_batch_must_make_the_same_one():
         ({"checkpoint__keep_last": 0}, "checkpoint.keep_last"),
         ({"data__num_workers": -1}, "data.num_workers"),
         ({"seed": -1}, "seed"),
+        ({"seed": None}, "seed must be at least 0, not None"),
+        ({"checkpoint__every": None}, "checkpoint.every"),
         ({"evaluate__every": "often"}, "evaluate.every"),
         ({"checkpoint__every": "0 steps"}, "checkpoint.every"),
         ({"checkpoint__keep_every": "1.5 steps"}, "checkpoint.keep_every"),

@@ -47,14 +47,14 @@ ACCEPTED = {  # (launcher's flags, configuration's keys, what the summary says)
     "devices": ("--devices=2", f"{CPU} --fabric.devices=2", "x 2 ranks"),
     "num_nodes": ("--num-nodes=1", f"{CPU} --fabric.num_nodes=1", "x 1 rank"),
 }
-FAST = ("devices", "strategy, dp")  # of each the launcher takes ten seconds
+FAST = ("refused devices",)  # of each the launcher takes ten seconds; test_launching.py has an accepted one
 
 
-def marked(cases: dict[str, Any]) -> list[Any]:
-    return [pytest.param(key, marks=[] if key in FAST else pytest.mark.slow) for key in cases]
+def marked(cases: dict[str, Any], what: str) -> list[Any]:
+    return [pytest.param(key, marks=[] if f"{what} {key}" in FAST else pytest.mark.slow) for key in cases]
 
 
-@pytest.mark.parametrize("which", marked(ACCEPTED))
+@pytest.mark.parametrize("which", marked(ACCEPTED, "accepted"))
 def test_flags_that_meet_the_configuration(folder, which):
     flags, keys, says = ACCEPTED[which]
     done = launch(folder, flags, keys)
@@ -93,7 +93,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("which", marked(REFUSED))
+@pytest.mark.parametrize("which", marked(REFUSED, "refused"))
 def test_flags_that_contradict_the_configuration(folder, which):
     """``fabric run`` reports every failed process as 1; the line, and the 2 in its table, are ours."""
     flags, keys, says = REFUSED[which]
