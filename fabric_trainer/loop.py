@@ -205,10 +205,10 @@ def _frozen_collector() -> Iterator[None]:
     """Keep the garbage collector off what is there already: modules and data, which it would walk again and again.
 
     A caller that has done so is left alone: its own freeze would be undone at the end."""
+    gc.collect()
     if gc.get_freeze_count():
         yield
         return
-    gc.collect()
     gc.freeze()
     try:
         yield

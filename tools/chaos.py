@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import gc
 import json
 import multiprocessing
 import os
@@ -93,6 +94,7 @@ class Noisy(Task):
 def start(folder: Path, name: str) -> multiprocessing.Process:
     """A process that trains run ``name``, or continues it."""
     command = [f"--config={folder / 'chaos.yaml'}", f"--run.root={folder}", f"--name={name}", "--resume=auto"]
+    gc.collect()  # here: in the child, what goes might wait for threads that a fork leaves behind
     process = multiprocessing.get_context("fork").Process(target=_train_quietly, args=(command, folder / f"{name}.log"))
     process.start()
     return process
