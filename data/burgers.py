@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data.generated import Fields
+from data.generated import Datasets
 from data.generated import ensure as ensure
 from data.waves import centres, initial_condition
 
@@ -62,11 +62,11 @@ class Burgers:
         """``t-coordinate`` is one longer than the frames, as in PDEBench."""
         return {"x-coordinate": centres(self.nx), "t-coordinate": np.arange(self.frames + 1) * FRAME_TIME}
 
-    def fields(self) -> Fields:
+    def datasets(self) -> Datasets:
         return {"tensor": generate(self)}
 
-    def fault(self, fields: Fields) -> str | None:
-        return fault(fields["tensor"])
+    def fault(self, datasets: Datasets) -> str | None:
+        return fault(datasets["tensor"])
 
 
 def generate(burgers: Burgers) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from scipy.fft import idctn
 from scipy.sparse import diags
 from scipy.sparse.linalg import splu
 
-from data.generated import Fields
+from data.generated import Datasets
 from data.generated import ensure as ensure
 from data.waves import centres
 
@@ -68,12 +68,12 @@ class Darcy:
     def coordinates(self) -> dict[str, Array]:
         return {"x-coordinate": centres(self.nx), "y-coordinate": centres(self.nx)}
 
-    def fields(self) -> Fields:
+    def datasets(self) -> Datasets:
         nu, u = generate(self)
         return {"nu": nu, "tensor": u[:, None]}
 
-    def fault(self, fields: Fields) -> str | None:
-        return fault(fields["nu"], fields["tensor"][:, 0], self.beta)
+    def fault(self, datasets: Datasets) -> str | None:
+        return fault(datasets["nu"], datasets["tensor"][:, 0], self.beta)
 
 
 def generate(darcy: Darcy) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-Fields = dict[str, NDArray[np.float32]]
+Datasets = dict[str, NDArray[np.float32]]
 
 
 class GeneratedSet(Protocol):
@@ -38,12 +38,12 @@ class GeneratedSet(Protocol):
     @property
     def coordinates(self) -> Mapping[str, NDArray[np.float64]]: ...
 
-    def fields(self) -> Fields:
+    def datasets(self) -> Datasets:
         """The datasets, made now."""
         ...
 
-    def fault(self, fields: Fields) -> str | None:
-        """Which law of its physics the fields break, in a few words, or None."""
+    def fault(self, datasets: Datasets) -> str | None:
+        """Which law of its physics the datasets break, in a few words, or None."""
         ...
 
 
@@ -59,11 +59,11 @@ def ensure(folder: Path, generated: GeneratedSet, say: Callable[[str], None] = p
         return path
     if path.exists():
         say(f"{path}: {fault}; making it anew")
-    fields = generated.fields()
-    if broken := generated.fault(fields):
+    datasets = generated.datasets()
+    if broken := generated.fault(datasets):
         raise RuntimeError(f"{generated}: {broken}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, generated, fields)
+    _write(path, generated, datasets)
     return path
 
 
@@ -89,15 +89,15 @@ def check(path: Path, generated: GeneratedSet) -> str | None:
     return None
 
 
-def _write(path: Path, generated: GeneratedSet, fields: Fields) -> None:
+def _write(path: Path, generated: GeneratedSet, datasets: Datasets) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with h5py.File(beside, "w") as file:
-            for name, values in fields.items():
+            for name, values in datasets.items():
                 file[name] = values
             for name, values in generated.coordinates.items():
                 file[name] = values.astype(np.float32)
-            file.attrs.update({**generated.attributes, "sha256": _digest(fields)})
+            file.attrs.update({**generated.attributes, "sha256": _digest(datasets)})
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -105,8 +105,8 @@ def _write(path: Path, generated: GeneratedSet, fields: Fields) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _digest(fields: Fields) -> str:
+def _digest(datasets: Datasets) -> str:
     digest = hashlib.sha256()
-    for values in fields.values():
+    for values in datasets.values():
         digest.update(np.ascontiguousarray(values, "<f4").tobytes())
     return digest.hexdigest()

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import dctn, idctn
 
-from data.generated import Fields
+from data.generated import Datasets
 from data.generated import ensure as ensure
 
 Array = NDArray[np.float64]
@@ -71,11 +71,11 @@ class ReactionDiffusion:
         times = np.arange(self.frames) * FRAME_TIME
         return {"x-coordinate": centres, "y-coordinate": centres, "t-coordinate": times}
 
-    def fields(self) -> Fields:
+    def datasets(self) -> Datasets:
         return {"tensor": generate(self)}
 
-    def fault(self, fields: Fields) -> str | None:
-        return fault(fields["tensor"], self.k)
+    def fault(self, datasets: Datasets) -> str | None:
+        return fault(datasets["tensor"], self.k)
 
 
 def generate(reaction: ReactionDiffusion) -> NDArray[np.float32]:

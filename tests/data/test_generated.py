@@ -16,6 +16,7 @@ from data.advection import Advection
 from data.burgers import Burgers
 from data.darcy import Darcy
 from data.generated import check, ensure
+from data.pdebench import fields
 from data.reaction_diffusion import ReactionDiffusion
 
 SMALL = {
@@ -70,10 +71,10 @@ def test_same_parameters_same_bytes_in_another_process(tmp_path: Path, generated
 
 @every_set
 def test_samples_do_not_depend_on_company_but_on_seed(generated) -> None:
-    fields = generated.fields()
-    more = dataclasses.replace(generated, samples=5).fields()
-    other = dataclasses.replace(generated, seed=1).fields()
-    for name, values in fields.items():
+    datasets = generated.datasets()
+    more = dataclasses.replace(generated, samples=5).datasets()
+    other = dataclasses.replace(generated, seed=1).datasets()
+    for name, values in datasets.items():
         np.testing.assert_array_equal(more[name][:3], values)
         assert np.abs(other[name][:, None] - values[None]).reshape(9, -1).max(1).min() > 0.01
         assert np.abs(values[0] - values[1]).max() > 0.01
@@ -108,10 +109,24 @@ def test_damage_is_named_and_mended(tmp_path: Path, generated) -> None:
         assert len(said) == 1 and word in said[0]
 
 
+@every_set
+def test_the_reader_of_pdebench_takes_it(tmp_path: Path, generated) -> None:
+    made, given = generated.datasets(), "nu" if "nu" in generated.shapes else None
+    read = fields(ensure(tmp_path, generated), given=given)
+    if given:
+        expected = np.stack((made["nu"], made["tensor"][:, 0]), 1)[:, :, None]
+    elif made["tensor"].ndim == 3:
+        expected = made["tensor"][:, :, None, None]
+    else:
+        expected = np.moveaxis(made["tensor"], -1, 2)
+    np.testing.assert_array_equal(read.read(), expected)
+    np.testing.assert_array_equal(read.x, generated.coordinates["x-coordinate"].astype(np.float32))
+
+
 def test_a_set_that_breaks_its_physics_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    generated, broken = SMALL["darcy"], SMALL["darcy"].fields()
+    generated, broken = SMALL["darcy"], SMALL["darcy"].datasets()
     broken["tensor"][1, 0, 2, 3] *= 1.001
-    monkeypatch.setattr(Darcy, "fields", lambda self: broken)
+    monkeypatch.setattr(Darcy, "datasets", lambda self: broken)
     with pytest.raises(RuntimeError, match=r"Darcy\(.*balance"):
         ensure(tmp_path, generated)
     assert not list(tmp_path.iterdir())
