@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from fabric_trainer.errors import InputError
+from models import weights
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
@@ -54,20 +50,9 @@ def load_weights(
 
 
 def read(path: str) -> dict[str, Tensor]:
-    """The state dict in a file: bare; ours, timm's or Lightning's checkpoint; or .safetensors. Only tensors and plain
-    values are ever unpickled. Raises InputError for anything else."""
-    file = Path(path).expanduser()
-    if file.is_dir():
-        raise InputError(
-            f"{KEY}: {path} is a folder; of a sharded checkpoint python -m tools.consolidate makes one file"
-        )
-    if not file.is_file():
-        raise InputError(f"{KEY}: there is no file {path}")
-    content = _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
-    place = next((key for key in _PLACES if isinstance(content, dict) and isinstance(content.get(key), Mapping)), None)
-    state = content[place] if place else content
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{KEY}: {path} holds no weights: neither a state dict nor one as {', '.join(_PLACES)}")
+    """The state dict in a file: bare; ours, timm's or Lightning's checkpoint; or .safetensors. Raises InputError for
+    anything else."""
+    state = weights.state_in(weights.read(path, KEY), _PLACES, path, KEY)
     for wrapper in _WRAPPERS:
         if all(name.startswith(wrapper) for name in state):
             state = {name.removeprefix(wrapper): value for name, value in state.items()}
@@ -79,28 +64,6 @@ def _fetched(source: WeightsEnum) -> dict[str, Tensor]:
         return _renamed(source.get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError) as error:  # no connection, or not what was published
         raise InputError(f"{KEY}: {source} can't be fetched, give the path of a file: {error}") from error
-
-
-def _pickled(file: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([Namespace]):  # timm saves its arguments as one
-            # files older than torch 1.6 are no archives, and can't be mapped
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        line = (str(error) or "it is cut short").splitlines()[0]
-        raise InputError(f"{KEY}: {file} is no file of tensors and plain values: {line}") from error
-
-
-def _safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise InputError(f"{KEY}: {file} needs a package: pip install safetensors") from None
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise InputError(f"{KEY}: {file} is no safetensors file: {error}") from error
 
 
 def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
