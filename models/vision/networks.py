@@ -149,7 +149,7 @@ def _timm(
     except ImportError:
         raise _needs("timm", name) from None
     if not timm.is_model(name):
-        known = ["fast", *TORCHVISION, *timm.list_models()]
+        known = list(dict.fromkeys(["fast", *TORCHVISION, *timm.list_models()]))
         near = get_close_matches(name.partition(".")[0], known, n=5)
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise InputError(f"task.args.model: {name} is no name of torchvision's 28, of timm's, or fast{hint}")
