@@ -22,7 +22,10 @@ MOST_CHANNELS = 8  # the published layout's own rule: a longer last axis is one 
 
 @dataclass(frozen=True)
 class Stored:
-    """A dataset of a file and what its axes are: N trajectories, T frames, X or H and W the grid, C channels."""
+    """A dataset of a file and what its axes are: N trajectories, T frames, X or H and W the grid, C channels.
+
+    A name such as ``*/data`` is that of the dataset ``data`` in each of the file's groups, which are N.
+    """
 
     name: str
     layout: str
@@ -96,11 +99,23 @@ class Fields:
     def _rows(self, file: h5py.File, rows: slice, frames: slice) -> NDArray[np.float32]:
         if self.steady and len(self.datasets) == 2:  # each is one frame
             asked = range(2)[frames]
-            pieces = [arranged(file[self.datasets[k].name][rows], self.datasets[k].layout) for k in asked]
+            pieces = [arranged(taken(file, self.datasets[k].name, rows), self.datasets[k].layout) for k in asked]
             return np.concatenate(pieces, axis=1).astype(np.float32, copy=False)
-        pieces = [arranged(file[stored.name][rows, frames], stored.layout) for stored in self.datasets]
+        pieces = [arranged(taken(file, stored.name, rows, frames), stored.layout) for stored in self.datasets]
         joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=2)
         return np.ascontiguousarray(joined, np.float32)
+
+
+def taken(file: h5py.File, name: str, rows: slice, *rest: slice) -> NDArray[Any]:
+    """Some rows of a dataset, or of one that lies in groups."""
+    if not name.startswith("*/"):
+        return file[name][(rows, *rest)]
+    return np.stack([file[f"{group}/{name[2:]}"][rest] for group in groups(file, name)[rows]])
+
+
+def groups(file: h5py.File, name: str) -> list[str]:
+    """The groups that have the dataset of a name such as ``*/data``, in the order of their names."""
+    return [group for group in sorted(file) if isinstance(file.get(f"{group}/{name[2:]}"), h5py.Dataset)]
 
 
 def arranged(values: NDArray[Any], layout: str) -> NDArray[Any]:
@@ -142,9 +157,9 @@ def centres(size: int) -> NDArray[np.float32]:
 
 
 def coordinate(file: h5py.File, axis: str, size: int) -> NDArray[np.float32] | None:
-    """``x-coordinate`` and its like, where the file has it. ``t`` may be one longer than the frames: PDEBench writes
-    the end of the last interval too. Raises InputError for another length."""
-    stored = file.get(f"{axis}-coordinate")
+    """``x-coordinate`` and its like, or ``grid/x`` of the first group, where the file has it. ``t`` may be one longer
+    than the frames: PDEBench writes the end of the last interval too. Raises InputError for another length."""
+    stored = file.get(f"{axis}-coordinate", file.get(f"{min(file, default='')}/grid/{axis}"))
     if not isinstance(stored, h5py.Dataset):
         return None
     right = (size, size + 1) if axis == "t" else (size,)

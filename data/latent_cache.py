@@ -153,7 +153,9 @@ def _write(
             for chunk in fields.chunks():
                 states = normaliser(torch.from_numpy(chunk).to(device)).flatten(0, 1)
                 latents = torch.cat([encoder(some) for some in states.split(STATES)])
-                rows = latents.unflatten(0, chunk.shape[:2]).cpu().numpy().astype(np.dtype(dtype).newbyteorder("<"))
+                with np.errstate(over="ignore"):  # said below
+                    rows = latents.cpu().numpy().astype(np.dtype(dtype).newbyteorder("<"))
+                rows = rows.reshape(*chunk.shape[:2], *rows.shape[1:])
                 if not np.isfinite(rows).all():
                     raise InputError(f"{fields.name}: its latents are not finite as {dtype}")
                 if stored is None:  # in one piece, so that it can be mapped

@@ -2,7 +2,8 @@
 
 ``tensor`` (N, T, X), (N, T, H, W) or (N, T, H, W, C) with ``x-coordinate``, on planes ``y-coordinate``, and
 ``t-coordinate``; a system may have a dataset per channel. Darcy flow has ``nu`` (N, H, W), the permeability that is
-given, and ``tensor`` (N, 1, H, W), the solution. The last axis of a plane is x.
+given, and ``tensor`` (N, 1, H, W), the solution. Some sets have a group per trajectory, ``0000/data`` (T, H, W, C) or
+(T, X, C) with ``0000/grid``: their dataset is ``*/data``. The last axis of a plane is taken for x.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from data.fields import MOST_CHANNELS, Fields, Stored, arranged_shape, centres, contents, coordinate, opened
+from data.fields import MOST_CHANNELS, Fields, Stored, arranged_shape, centres, contents, coordinate, groups, opened
 from fabric_trainer.errors import InputError
 
 
@@ -92,16 +93,22 @@ def fields(path: Path, datasets: str | Sequence[str] = "tensor", given: str | No
 
 def _stored(file: h5py.File, name: str, steady: bool) -> tuple[Stored, tuple[int, int, int, int, int]]:
     """What a dataset's axes are, and its shape as (N, T, C, H, W). A file with a ``y-coordinate`` is on a plane."""
-    stored = file.get(name)
+    parts = groups(file, name) if name.startswith("*/") else []
+    stored = file.get(f"{parts[0]}/{name[2:]}" if parts else name)
     if not isinstance(stored, h5py.Dataset):
         raise InputError(f"{file.filename}: expected a dataset '{name}', found {contents(file)}")
-    plane = steady or stored.ndim == 5 or "y-coordinate" in file
+    for part in parts:
+        if (other := file[f"{part}/{name[2:]}"].shape) != stored.shape:
+            raise InputError(f"{file.filename}: '{part}/{name[2:]}' {other} is not of the first's {stored.shape}")
+    stored_shape = (len(parts), *stored.shape) if parts else stored.shape
+    axes = len(stored_shape)
+    plane = steady or axes == 5 or "y-coordinate" in file
     layouts = {4: "NTHW", 5: "NTHWC"} if plane else {3: "NTX", 4: "NTXC"}
-    layout = "NHW" if steady and stored.ndim == 3 else layouts.get(stored.ndim)
-    shape = arranged_shape(stored.shape, layout) if layout else (0, 0, 0, 0, 0)
+    layout = "NHW" if steady and axes == 3 else layouts.get(axes)
+    shape = arranged_shape(stored_shape, layout) if layout else (0, 0, 0, 0, 0)
     if layout is None or 0 in shape or shape[2] > MOST_CHANNELS or (steady and shape[1] != 1):
         right = "(N, H, W) or (N, 1, H, W)" if steady else "(N, T, H, W[, C])" if plane else "(N, T, X[, C])"
-        raise InputError(f"{file.filename}: expected '{name}' as {right}, found {stored.shape}")
+        raise InputError(f"{file.filename}: expected '{name}' as {right}, found {stored_shape}")
     if stored.dtype.kind != "f":
         raise InputError(f"{file.filename}: expected '{name}' as floating point, found {stored.dtype}")
     return Stored(name, layout), shape

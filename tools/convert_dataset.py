@@ -84,19 +84,21 @@ def shared_out(trajectories: int, seed: int) -> NDArray[np.str_]:
     return split_of
 
 
-def _only(path: Path, given: str | None) -> tuple[str]:
+def _only(path: Path, given: str | None) -> tuple[str, ...]:
     """The one dataset of a file that can be meant. Raises InputError, with all that can."""
-    found: list[str] = []
+    found: dict[str, tuple[int, ...]] = {}
 
     def look(name: str, item: object) -> None:
         if isinstance(item, h5py.Dataset) and item.ndim >= 3 and item.dtype.kind == "f" and name != given:
-            found.append(f"{name} {item.shape}")
+            group, slash, rest = name.partition("/")
+            found.setdefault(f"*/{rest}" if slash and group.isdigit() else name, item.shape)
 
     with opened(path) as file:
         file.visititems(look)
     if len(found) != 1:
-        raise InputError(f"{path}: name the dataset with --dataset: {', '.join(found) or 'none holds trajectories'}")
-    return (found[0].split(" ")[0],)
+        listed = ", ".join(f"{name} {shape}" for name, shape in found.items())
+        raise InputError(f"{path}: name the dataset with --dataset: {listed or 'none holds trajectories'}")
+    return tuple(found)
 
 
 def _fit_together(sources: Sequence[Fields], task: str) -> None:

@@ -194,6 +194,27 @@ def test_pdebench_lines(tmp_path: Path) -> None:
     assert got.read().dtype == np.float32
 
 
+@pytest.mark.parametrize("shape", [(4, 5, 6, 2), (4, 6, 1)])
+def test_pdebench_groups(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """As its diffusion-reaction, shallow water and diffusion-sorption sets are."""
+    data = numbers(3, *shape)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for i in (2, 0, 1):
+            file[f"{i:04d}/data"], file[f"{i:04d}/grid/t"] = data[i], np.arange(4.0) / 2
+            file[f"{i:04d}/grid/x"] = np.arange(6.0)
+    got = pdebench.fields(tmp_path / "a.h5", "*/data")
+    expected = np.moveaxis(data, -1, 2) if len(shape) == 4 else np.moveaxis(data, -1, 2)[:, :, :, None]
+    np.testing.assert_array_equal(got.read(), expected)
+    np.testing.assert_array_equal(got.read(1, 2), expected[1:2])
+    assert torch.equal(got[np.array([2]), np.array([3])][0], torch.from_numpy(expected[2, 3].copy()))
+    np.testing.assert_array_equal(got.t, np.arange(4) / 2)
+    np.testing.assert_array_equal(got.x, np.arange(6))
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file["0003/data"] = np.zeros((2, *shape[1:]), np.float32)
+    assert "'0003/data' (2, " in refusal(pdebench.fields, tmp_path / "a.h5", "*/data")
+    assert "expected a dataset '*/u', found '0000/data'" in refusal(pdebench.fields, tmp_path / "a.h5", "*/u")
+
+
 def test_pdebench_darcy(tmp_path: Path) -> None:
     nu, tensor = numbers(3, 4, 5), numbers(3, 1, 4, 5, seed=1)
     axes = {"x_coordinate": np.arange(5.0), "y_coordinate": np.arange(4.0)}

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from data import pdebench, ups
+from data.darcy import Darcy
+from data.generated import ensure
+from data.reaction_diffusion import ReactionDiffusion
 from fabric_trainer.errors import InputError
 from tools.convert_dataset import convert, main, shared_out
 
@@ -102,6 +105,28 @@ def test_a_dataset_per_channel(tmp_path: Path) -> None:
     row = np.flatnonzero(shared_out(10, 0) == "val")
     np.testing.assert_array_equal(got.read(), np.stack((fields["pressure"][row], fields["density"][row]), 2))
     np.testing.assert_array_equal(got.y, np.arange(4))
+
+
+def test_a_group_per_trajectory(tmp_path: Path) -> None:
+    data = numbers(10, 3, 4, 6, 1)
+    write(tmp_path / "a.h5", **{f"{i:04d}/data": data[i] for i in range(10)})
+    convert([tmp_path / "a.h5"], "shallow_water2d", tmp_path / "out")
+    rows = np.flatnonzero(shared_out(10, 0) == "train")
+    got = ups.read(tmp_path / "out", "shallow_water2d", "train")
+    np.testing.assert_array_equal(got.read(), np.moveaxis(data[rows], -1, 2))
+
+
+def test_what_is_made_converts(tmp_path: Path) -> None:
+    made = ensure(tmp_path, Darcy(nx=8, samples=10))
+    convert([made], "darcy2d", tmp_path / "out", ["tensor"])
+    got = ups.read(tmp_path / "out", "darcy2d", "train")
+    rows = np.flatnonzero(shared_out(10, 0) == "train")
+    np.testing.assert_array_equal(got.read(), pdebench.fields(made, given="nu").read()[rows])
+    assert got.attributes["beta"] == 1 and "sha256" not in got.attributes
+    made = ensure(tmp_path, ReactionDiffusion(nx=8, samples=10, frames=4))
+    convert([made], "reaction_diffusion2d", tmp_path / "out", ["tensor"])
+    got = ups.read(tmp_path / "out", "reaction_diffusion2d", "train")
+    assert got.shape == (8, 4, 2, 8, 8) and got.t is not None and len(got.t) == 4
 
 
 def test_what_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
