@@ -180,6 +180,7 @@ def test_half_precision_and_autocast_change_nothing_after_the_rounding(loss: Cal
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = loss(p, q)
     assert value.dtype == torch.float32 and torch.equal(value, expected)
+    assert torch.equal(loss(p, q), expected)  # without autocast, which widens some operations itself
 
 
 @pytest.mark.parametrize("loss", [*PER_SAMPLE, rollout_loss, inverse_decoding_loss])
