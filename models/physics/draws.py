@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 
-from fabric_trainer.errors import InputError
 from fabric_trainer.random import SampleRandom
 
 _MANY = 1 << 62  # equally likely integers: too many for two draws of a sample to tie
@@ -48,16 +48,11 @@ def at_points(fields: Tensor, points: Tensor) -> Tensor:
 def taus(random: SampleRandom, count: int, alpha: float = 1.0, beta: float = 1.0, name: str = "tau") -> Tensor:
     """tau from Beta(alpha, beta) by its inverse distribution function, on the host: float32 (B, count).
 
-    Beta(1, 1) is uniform in [0, 1); any other needs scipy: InputError where that is missing.
+    Beta(1, 1) is uniform in [0, 1).
     """
     uniform = random.uniform(name, count)
     if alpha == beta == 1:
         return uniform
-    try:
-        from scipy.special import betaincinv
-    except ImportError:
-        needs = f"taus from Beta({alpha:g}, {beta:g}) need scipy"
-        raise InputError(f"{needs}: pip install 'fabric-trainer[physics]'") from None
     return torch.from_numpy(betaincinv(alpha, beta, uniform.double().numpy())).float()
 
 

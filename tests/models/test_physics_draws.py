@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 
-from fabric_trainer.errors import InputError
 from fabric_trainer.random import SampleRandom
 from models.physics.draws import at_points, query_points, taus
 
@@ -94,10 +91,3 @@ def test_taus_are_betas(alpha: float, beta: float) -> None:
 def test_taus_do_not_depend_on_the_split() -> None:
     random = random_of(9)
     assert torch.equal(torch.cat([taus(part, 4, 1.2, 1.2) for part in rows(random, 4)]), taus(random, 4, 1.2, 1.2))
-
-
-def test_taus_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy.special", None)
-    assert taus(random_of(2), 3).shape == (2, 3)
-    with pytest.raises(InputError, match=r"Beta\(1.2, 1.2\) need scipy: pip install 'fabric-trainer\[physics\]'"):
-        taus(random_of(2), 3, 1.2, 1.2)
