@@ -373,10 +373,10 @@ PARTS: dict[str, tuple[str, int, str, dict[str, list[str]]]] = {
         | {"stem": ["cls_token", "pos_embed", "patch_embed"]},
     ),
     "fast": (
-        "Stage",
+        "Block",
         3,
         "head",
-        {f"stages.{i}": [f"stages.{i}"] for i in (2, 1, 0)} | {"stem": ["stem"]},
+        {f"blocks.{i}": [f"blocks.{i}"] for i in (2, 1, 0)} | {"stem": ["stem"]},
     ),
     "convnext_atto": (
         "ConvNeXtBlock",

@@ -238,12 +238,13 @@ def test_a_bad_trial_is_pruned(home, capsys, monkeypatch):
 
 
 def test_interrupted_and_continued_is_not_interrupted(home, capsys, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
     assert run("whole", 4) == 0
     becomes(monkeypatch, _2="interrupts")
     assert run("again", 4) == 130
     assert "2 of 4 trials; the same command continues" in capsys.readouterr().out
     assert [row["state"] for row in table(home / "runs/sweeps/again")] == ["finished"] * 2 + ["stopped"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     assert run("again", 4) == 0
     assert table(home / "runs/sweeps/again") == table(home / "runs/sweeps/whole")
 
