@@ -31,6 +31,7 @@ COMPILED = ("--compile.scope", "whole", "--compile.backend", "aot_eager", "--com
 def sent(folder: Path, name: str, *arguments: str) -> Sent:
     command = [sys.executable, str(REPOSITORY / "train.py"), "--config", "toy.yaml", "--name", name, *arguments]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "tests"), "OMP_NUM_THREADS": "1"}
+    environment.pop("WANDB_SERVICE", None)  # that of a test in this process
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (found,) = sessions(folder / "runs" / name)
