@@ -54,10 +54,11 @@ def test_a_batch_waits_for_nothing(tmp_path):
     samples = task.dataset("train").__getitems__(index.tolist())
     batch = task.augment(samples | {"random": SampleRandom(0, 0, index)})
     place, random = batch["place"].cuda(), batch["random"].to(torch.device("cuda"))
-    task._augmented({}, place, random)
+    first = task._augmented({}, place, random)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # raises at a synchronisation
     try:
-        task._augmented({}, place, random)
+        again = task._augmented({}, place, random)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, again)
