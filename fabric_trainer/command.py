@@ -114,7 +114,7 @@ def _command_parser() -> argparse.ArgumentParser:
     add("--evaluate", metavar="PATH|best|last", help="measure a checkpoint instead of training")
     add("--predict", metavar="PATH|best|last", help="write a checkpoint's predictions to --out instead of training")
     add("--tune", metavar="lr|batch_size", help="find the learning rate, or the largest micro-batch, and train nothing")
-    add("--out", metavar="FILE", help="with --predict and --tune: where to")
+    add("--out", metavar="FILE", help="with --predict, --tune and --evaluate (metrics as JSON): where to")
     add("--split", metavar="NAME", help="with --evaluate and --predict: which split (default: val)")
     add("--dry_run", action="store_true", help="check everything, write nothing")
     add("--fast_dev_run", action="store_true", help="one update, one evaluation batch, no run folder")
@@ -125,10 +125,12 @@ def _command_parser() -> argparse.ArgumentParser:
 def _check_command(command: Command) -> None:
     if command.predict and not command.out:
         raise InputError(f"--predict {command.predict} needs --out FILE, where the predictions go")
-    if command.out and not command.predict and not command.tune:
-        raise InputError(f"--out {command.out} is for --predict PATH|best|last or --tune, which are not given")
+    if command.out and not (command.predict or command.tune or command.evaluate):
+        raise InputError(f"--out {command.out} is for --predict, --evaluate or --tune, none of which is given")
     if command.predict and command.evaluate:
         raise InputError("--predict and --evaluate are both given: one at a time")
+    if command.evaluate and command.out and Path(command.out).suffix != ".json":
+        raise InputError(f"--out {command.out}: --evaluate writes .json")
     if command.tune:
         _check_tune(command)
 

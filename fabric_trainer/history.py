@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fabric_trainer.files import write_atomically
 
 FILE = "history.json"
@@ -57,13 +59,8 @@ class History:
         self.tests = copy.deepcopy(state.get("tests", []))
 
     def write(self, folder: Path) -> None:
-        """Write ``folder``/history.json, whole or not at all.
-
-        JSON has no NaN or infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", which
-        ``float`` of Python and ``Number`` of JavaScript read back; :func:`read_history` does so.
-        """
-        text = json.dumps(_encode(self.state_dict()), indent=1, allow_nan=False)
-        write_atomically(folder / FILE, text + "\n")
+        """Write ``folder``/history.json, whole or not at all; :func:`read_history` reads it."""
+        write_atomically(folder / FILE, to_json(self.state_dict()))
 
 
 def read_history(folder: Path) -> History:
@@ -76,6 +73,12 @@ def read_history(folder: Path) -> History:
     return history
 
 
+def to_json(tree: dict[str, Any]) -> str:
+    """JSON of plain values and arrays. It has no NaN or infinity: they are the strings "NaN", "Infinity" and
+    "-Infinity", which ``float`` of Python and ``Number`` of JavaScript read back."""
+    return json.dumps(_encode(tree), indent=1, allow_nan=False) + "\n"
+
+
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -84,6 +87,8 @@ def _encode(value: Any) -> Any:
         return {key: _encode(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_encode(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return _encode(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -23,6 +23,7 @@ from fabric_trainer.errors import FINISHED, TRY_AGAIN, InputError
 from fabric_trainer.evaluate import judged, measure
 from fabric_trainer.faults import StopSignals
 from fabric_trainer.files import write_atomically
+from fabric_trainer.history import to_json
 from fabric_trainer.loop import fit
 from fabric_trainer.memory import NOTE, remembered
 from fabric_trainer.portable import shared
@@ -125,18 +126,19 @@ def why_nothing_is_left(state: State, name: str) -> str:
 
 def conclude(state: State, choice: Choice) -> None:
     """On rank 0: the report, with the task's pictures of the best weights, and a last plain line per metric."""
-    report = write_report(choice.folder, {} if state.stopped else _pictures(state, choice.folder / "checkpoints"))
+    checkpoints = choice.folder / "checkpoints"
+    path = checkpoint.linked(checkpoints, "best") or checkpoint.linked(checkpoints, "last") or checkpoints / "last.pt"
+    report = write_report(choice.folder, {} if state.stopped else _pictures(state, path))
     print(f"report {report}", flush=True)
     if not state.stopped:
         print_last_metrics(state)
 
 
-def _pictures(state: State, checkpoints: Path) -> dict[str, Any]:
-    """The task's, by a bare network of its own: the trained one may lie in pieces over the ranks."""
+def _pictures(state: State, path: Path) -> dict[str, Any]:
+    """The task's, of a checkpoint, by a bare network of its own: the run's may lie in pieces over the ranks."""
     if type(state.task).pictures is Task.pictures:
         return {}
-    path = checkpoint.linked(checkpoints, "best") or checkpoint.linked(checkpoints, "last")
-    saved = checkpoint.load(path or checkpoints / "last.pt")
+    saved = checkpoint.load(path)
     network, average = state.task.network(), judged(state)
     averaged = {} if average is None else saved["averages"][average] if average else saved["ema"]
     network.load_state_dict(sharded.whole(saved, saved["model"] | averaged))
@@ -209,14 +211,36 @@ def _numbered(batch: BatchConfig, ranks: int, saved: dict[str, Any] | None = Non
 
 def measure_checkpoint(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     """``--evaluate``: the metrics of a checkpoint's raw and averaged weights, in full precision."""
-    state, source = load_state(fabric, task, command.evaluate or "", command, config)
+    path = _on_rank_zero(fabric, lambda: find_measured(command, config))
+    state, source = load_state(fabric, task, path, command, config)
     fabric.print(source)
     metrics = measure(state, command.split)
     state.compilation.retreat(fabric.print)
     if fabric.is_global_zero:
         for name, value in metrics.items():
             print(f"{name} {value!r}", flush=True)
+        if command.out:
+            write_measured(state, path, command, metrics)
     return FINISHED
+
+
+def find_measured(command: Command, config: Config) -> Path:
+    """The checkpoint to measure. Raises InputError, also where ``--out`` has no folder to lie in."""
+    if command.out and not Path(command.out).parent.is_dir():
+        raise InputError(f"--out {command.out}: there is no folder {Path(command.out).parent}")
+    return run.find_checkpoint(command.evaluate or "", command, config)
+
+
+def write_measured(state: State, path: Path, command: Command, metrics: dict[str, Any]) -> None:
+    """``--evaluate --out``: the metrics as JSON, arrays as lists; and beside it, where the task has pictures, a
+    report with them."""
+    out, step = Path(command.out or ""), state.counters.step
+    found = {"checkpoint": str(path), "step": step, "split": command.split, "metrics": metrics}
+    write_atomically(out, to_json(found))
+    print(f"metrics {out}", flush=True)
+    if pictures := _pictures(state, path):
+        figures = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        print(f"report {write_report(out.parent, pictures, {'step': step} | figures)}", flush=True)
 
 
 def check_predict(fabric: Fabric, task: Task, command: Command) -> None:
@@ -227,7 +251,8 @@ def check_predict(fabric: Fabric, task: Task, command: Command) -> None:
 def predict_to_file(fabric: Fabric, task: Task, command: Command, config: Config) -> int:
     """``--predict``: a checkpoint's predictions for every sample of a split, in one file that rank 0 writes."""
     out, config.run.limit_val_batches, config.run.overfit_batches = command.out or "", None, None
-    state, source = load_state(fabric, task, command.predict or "", command, config)
+    path = _on_rank_zero(fabric, lambda: run.find_checkpoint(command.predict or "", command, config))
+    state, source = load_state(fabric, task, path, command, config)
     average = state.ema if config.evaluate.weights != "raw" else None
     fabric.print(f"{source}, {'averaged' if average else 'raw'} weights")
     with average.applied() if average else nullcontext():
@@ -240,18 +265,18 @@ def predict_to_file(fabric: Fabric, task: Task, command: Command, config: Config
     return FINISHED
 
 
-def load_state(fabric: Fabric, task: Task, which: str, command: Command, config: Config) -> tuple[State, str]:
-    """A state with the weights of the checkpoint ``which`` (PATH, best or last), and their average where it has one;
-    and a line that says whose they are, and the split."""
-    path = _on_rank_zero(fabric, lambda: run.find_checkpoint(which, command, config))
+def load_state(fabric: Fabric, task: Task, path: Path, command: Command, config: Config) -> tuple[State, str]:
+    """A state with a checkpoint's weights, and their average where it has one; and a line that says whose they are,
+    and the split."""
     saved = shared(fabric, lambda: checkpoint.load(path))
     config.ema = EmaConfig(**(saved["config"]["ema"] if saved.get("ema") else {}))
     config.batch = _numbered(config.batch, data_parallel(fabric).size, saved)
     state = State(fabric, task, config)
     state.load_weights(saved)
+    state.counters.step = saved["counters"]["step"]
     split = state.split(command.split)
     part = f", {split.samples} of {split.whole} samples" if split.samples < split.whole else ""
-    return state, f"{path}: step {saved['counters']['step']}, split {command.split}{part}"
+    return state, f"{path}: step {state.counters.step}, split {command.split}{part}"
 
 
 def fast_dev_run(fabric: Fabric, task: Task, config: Config) -> int:

@@ -40,13 +40,18 @@ class _Run:
     environment: dict[str, Any]
 
 
-def write_report(folder: Path, pictures: Mapping[str, Figure] | None = None) -> Path:
+def write_report(
+    folder: Path, pictures: Mapping[str, Figure] | None = None, tested: Mapping[str, float] | None = None
+) -> Path:
     """Write ``folder``/report.html from metrics.csv, history.json, config.yaml, environment.json and pictures/*.png,
-    as far as they are there. ``pictures`` (title -> figure) are first saved into pictures/. Returns the page's path.
+    as far as they are there. ``pictures`` (title -> figure) are first saved into pictures/. tested: {"step", metric:
+    value} in place of the history's measurement of a test split. Returns the page's path.
     """
     for title, figure in (pictures or {}).items():
         save_picture(folder, title, figure)
     run = _read(folder)
+    if tested:
+        run.history.add_test(tested)
     parts = [
         _header(run),
         _facts(run),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +16,11 @@ from torchmetrics.classification import BinaryAccuracy
 from torchmetrics.regression import MeanSquaredError
 from toys import Points, Regression
 
+from fabric_trainer.checkpoint import load
+from fabric_trainer.cli import main
 from fabric_trainer.evaluate import Split, evaluate, evaluating
+
+NAMES = ("error", "ratio", "parts")
 
 
 class Double(Regression):
@@ -207,3 +214,67 @@ def test_no_graph_is_kept_and_nothing_changes_in_the_network(fabric):
 def test_the_first_batches_alone(fabric, limit, batches):
     (seen,) = spied(fabric, 1, limit=limit)
     assert torch.cat([batch["index"] for batch in seen]).tolist() == list(range(min(23, 5 * batches)))
+
+
+class Drawn(Double):
+    """With an array and a NaN among its figures, and a picture that says which weights it is of."""
+
+    def __init__(self, parts: bool = False) -> None:
+        super().__init__(torch.ones(12))
+        self.parts = parts
+
+    def dataset(self, split: str) -> Points:
+        return self.points
+
+    def network(self) -> nn.Module:
+        return super().network().double()
+
+    def figures(self, sums: dict) -> dict:
+        parts = {"parts": np.array([1.5, np.nan])} if self.parts else {}
+        return {"error": sums["error"] / sums["weight"], "ratio": np.nan, **parts}
+
+    def pictures(self, network: nn.Module, device: torch.device) -> dict:
+        assert not network.training
+        return {f"{sum(p.double().sum() for p in network.parameters()).item():.12f}": plt.figure()}
+
+
+def test_metrics_in_a_file_and_a_report_with_the_pictures_of_the_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "task": {"path": "test_evaluate.Drawn"},
+        "batch": {"micro_batch_size": 4},
+        "run": {"max_epochs": 2},
+        "ema": {"decay": 0.5},
+        "loggers": {"tensorboard": False},
+        "fabric": {"accelerator": "cpu", "precision": "64-true"},
+    }
+    (tmp_path / "toy.yaml").write_text(json.dumps(config))
+    (tmp_path / "found").mkdir()
+    path = "runs/a/checkpoints/step-00000003.pt"
+    assert main(["--config", "toy.yaml", "--name", "a"]) == 0
+    report = (tmp_path / "runs/a/report.html").read_text()
+    capsys.readouterr()
+
+    arguments = ["--config", "toy.yaml", "--evaluate", path, "--split", "test"]
+    arguments += ["--task.args.parts", "true", "--out", "found/metrics.json"]
+    assert main(arguments) == 0
+    saved, out = load(tmp_path / path), capsys.readouterr().out
+    found = json.loads((tmp_path / "found/metrics.json").read_text())
+    assert {key: found[key] for key in ("checkpoint", "step", "split")} == {
+        "checkpoint": path, "step": 3, "split": "test",
+    }  # fmt: skip
+    assert set(found["metrics"]) == {f"{kind}/{name}" for kind in ("test", "test_ema") for name in NAMES}
+    assert found["metrics"]["test/parts"] == [1.5, "NaN"] and found["metrics"]["test/ratio"] == "NaN"
+    assert f"test/error {found['metrics']['test/error']!r}" in out.splitlines()
+    assert "metrics found/metrics.json\nreport found/report.html\n" in out
+
+    (picture,) = (tmp_path / "found/pictures").iterdir()
+    averages = [(saved["model"] | saved["ema"])[name] for name, _ in Drawn().network().named_parameters()]
+    assert picture.stem == f"{sum(value.sum() for value in averages).item():.12f}"
+    text = (tmp_path / "found/report.html").read_text()
+    assert picture.stem in text and "test_ema/error" in text
+    assert (tmp_path / "runs/a/report.html").read_text() == report, "the run's own stays"
+
+    for out, says in (("found/metrics.csv", "--evaluate writes .json"), ("no/metrics.json", "there is no folder no")):
+        assert main([*arguments[:-1], out]) == 2
+        assert says in capsys.readouterr().err
