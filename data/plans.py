@@ -12,11 +12,16 @@ from fabric_trainer.order import Plan, Shuffled
 STRATEGIES = ("proportional", "balanced")
 
 
+def check(strategy: str) -> None:
+    """Raise InputError for one that there is none of."""
+    if strategy not in STRATEGIES:
+        raise InputError(f"task.args.sampling: {strategy!r} is none of {', '.join(STRATEGIES)}")
+
+
 def plan(strategy: str, sizes: Sequence[int], seed: int) -> Plan:
     """``proportional``: every sample once an epoch, all tasks mixed. ``balanced``: see ``Balanced``. sizes: samples of
     each task, in the dataset's order. Raises InputError for another strategy."""
-    if strategy not in STRATEGIES:
-        raise InputError(f"task.args.sampling: {strategy!r} is none of {', '.join(STRATEGIES)}")
+    check(strategy)
     return Balanced(sizes, seed) if strategy == "balanced" else Shuffled(sum(sizes), seed)
 
 

@@ -143,7 +143,8 @@ class Boundary(AbstractContextManager["Boundary"]):
     def end_epoch(self, epoch: int) -> None:
         """The exact means of the epoch's training losses."""
         state = self.state
-        means, state.epoch = state.epoch.means(), type(state.epoch)()
+        means, state.epoch = state.task.training_figures(state.epoch.means()), type(state.epoch)()
+        means = {f"train_epoch/{name}": value for name, value in means.items()}
         state.history.add_epoch({"epoch": epoch, "step": state.counters.step, **means})
         self.record.metrics(means)
         self.fabric.call("on_epoch_end", state=state, metrics=means)

@@ -31,4 +31,4 @@ class EpochSums:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
-        return {f"train_epoch/{name}": value / self.weight for name, value in self.sums.items() if self.weight}
+        return {name: value / self.weight for name, value in self.sums.items() if self.weight}

@@ -134,7 +134,8 @@ class Record(AbstractContextManager["Record"]):
             span = update.window.span
             row: dict[str, float] = {"step": update.step, "window": span.window, "epoch": span.epoch}
             row |= {"samples": update.samples}
-            row |= {f"train/{name}": value / update.weight for name, value in values.items()}
+            means = {name: value / update.weight for name, value in values.items()}
+            row |= {f"train/{name}": value for name, value in self.state.task.training_figures(means).items()}
             row |= update.rates | {"grad_norm": norm} | {f"grad_norm/{part}": n for part, n in part_norms.items()}
             rows.append(row | {"samples_per_second": pace} | memory)
         return rows

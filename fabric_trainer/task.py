@@ -108,6 +108,12 @@ class Task:
         """The sum of the loss over the batch, on the device. Rows of weight 0 must add exactly nothing."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(network, batch)")
 
+    def training_figures(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged of an update as ``train/…``, and of an epoch as ``train_epoch/…``, from the exact means of
+        the loss (``loss``, which has to stay) and its logs: a ratio of two of them, such as an error relative to what
+        it is an error of, is made here. Default: the means."""
+        return means
+
     # ---- evaluation -------------------------------------------------------------------------------------------
 
     def meters(self) -> dict[str, Metric]:

@@ -82,6 +82,22 @@ def read(path: str | Path, part: str | None = None, which: str = "raw", key: str
     )
 
 
+def system(path: str | Path, key: str = KEY) -> dict[str, Tensor]:
+    """The whole system in a stage's checkpoint, by the names of ``PhysicsSystem``, averages in the place of the weights
+    that have one; or of any other file the operator that it must hold, as ``operator.…``. InputError."""
+    content = weights.read(path, key)
+    model = content.get("model") if isinstance(content, dict) else None
+    if weights.is_state(model) and any(name.startswith("encoders.") for name in model):
+        return {**model, **(content.get("ema") or {})}
+    found = read(path, key=key)
+    check(found.state, f"{key}: {path}")
+    if (network := kind(found.state)) != "operator":
+        raise InputError(
+            f"{key}: {path} holds a {network}; a stage starts with an operator, or an earlier stage's file"
+        )
+    return {f"operator.{name}": value for name, value in found.state.items()}
+
+
 def plain(state: State, part: str | None = None, source: str = KEY) -> dict[str, Tensor]:
     """The state dict without the prefixes of what the network was wrapped in: ``operator.``, ``diffusion.``,
     ``module.`` (of DDP) and ``_orig_mod.`` (of torch.compile) in any order in front, ``_orig_mod.`` inside as well.

@@ -1,0 +1,317 @@
+"""What the stages of the physics pipeline share: data, latents, the system's parts, and what one leaves to the next."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from data import latent_cache, plans, ups
+from data.fields import Fields
+from data.normalise import Normaliser, fit
+from data.pairs import Pairs, Several, States
+from data.sets import Source
+from fabric_trainer.errors import InputError
+from fabric_trainer.order import Plan
+from fabric_trainer.portable import check_names
+from fabric_trainer.task import Batch, Task
+from models.physics import weights
+from models.physics.decoder import AnyPointDecoder
+from models.physics.encoder import GridEncoder
+from models.physics.losses import EPS
+from models.physics.operator import CORES, LatentOperator, StackLayer, UNetLayer
+from models.physics.prior import SteadyPrior
+from models.physics.residual import DiffusionResidual
+from models.physics.system import Grid, Parts, PhysicsSystem
+
+RESIDENT = 1 << 30  # bytes of fields of a split that are kept in memory; more are read as they are asked for
+SCALED_BY = 256  # trajectories from which the RMS of a step's change is taken
+
+Settings = Mapping[str, Any]
+
+
+class Stage(Task):
+    """A stage of the pipeline: a run of its own, whose network is the whole system so far.
+
+    tasks: names of ``data.ups.TASKS``, read from ``<data.root>/<task>_<split>.h5``. made: tasks whose data our
+    generators make, each with its parameters, such as {burgers1d: {nu: 0.01, nx: 256}}; samples: their trajectories,
+    {train: 96, val: 16, test: 16}. sampling: of several tasks, "proportional" or "balanced".
+    time_stride: frames in a step. rollout_horizon: states after the first that a sample brings.
+
+    encoder: arguments of every task's GridEncoder: tokens, dim, and patch and margin, points along each axis that a
+    task's grid has; seed: the same for all tasks. train_encoder: it learns too; else it is frozen and its latents are
+    cached: latent_cache_dir (``<data.root>/latent_cache``), latent_cache_dtype ("float32" or "float16").
+    operator: of the LatentOperator, dim left out. reach: of PhysicsSystem.step; with one, losses are in units of the
+    task's change. dt: what the operator is told of time. decoder: of the AnyPointDecoder, dim and fields left out.
+    corrector, prior: of the DiffusionResidual and the SteadyPrior, dim left out.
+
+    start: a file that this stage begins with: an earlier stage's checkpoint, its average where it has one, or weights
+    of an operator alone (the Universal Physics Stack's, Lightning's, ours).
+    """
+
+    trains: tuple[str, ...] = ()
+    """The parts of the system that this stage trains."""
+
+    def __init__(
+        self,
+        *,
+        tasks: list[str],
+        made: dict[str, dict[str, Any]] | None = None,
+        samples: dict[str, int] | None = None,
+        sampling: str = "proportional",
+        time_stride: int = 1,
+        rollout_horizon: int = 1,
+        encoder: Settings | None = None,
+        train_encoder: bool = False,
+        operator: Settings | None = None,
+        reach: float | None = None,
+        dt: float = 0.1,
+        decoder: Settings | None = None,
+        corrector: Settings | None = None,
+        prior: Settings | None = None,
+        latent_cache_dir: str | None = None,
+        latent_cache_dtype: str = "float32",
+        start: str | None = None,
+    ) -> None:
+        made = made or {}
+        if not tasks or len(set(tasks)) < len(tasks):
+            raise InputError(f"task.args.tasks: needs names, each once, not {tasks}")
+        if unknown := set(made) - set(tasks):
+            raise InputError(f"task.args.made: {', '.join(sorted(unknown))} is none of tasks, {', '.join(tasks)}")
+        plans.check(sampling)
+        self.sources = [Source(task, made.get(task), samples or {}) for task in tasks]
+        self.sampling, self.stride, self.horizon = sampling, time_stride, rollout_horizon
+        self.encoding: dict[str, Any] = {"tokens": 32, "dim": 16} | dict(encoder or {})
+        self.operating, self.reading = dict(operator or {}), dict(decoder or {})
+        self.correcting, self.prior = dict(corrector or {}), dict(prior or {})
+        check_settings("encoder", self.encoding, GridEncoder, given=("channels",))
+        check_settings("operator", self.operating, LatentOperator, given=("dim", "sources", "source_hidden"))
+        check_settings("decoder", self.reading, AnyPointDecoder, given=("dim", "fields"))
+        check_settings("corrector", self.correcting, DiffusionResidual, given=("dim", "cond"))
+        check_settings("prior", self.prior, SteadyPrior, given=("dim", "cond"))
+        if (architecture := self.operating.get("architecture", "pdet_unet")) in CORES:
+            check_settings("operator.core", self.operating.get("core") or {}, CORES[architecture], given=("input_dim",))
+        self.train_encoder, self.reach, self.dt = train_encoder, reach, dt
+        self.cache = {"folder": latent_cache_dir, "dtype": latent_cache_dtype}
+        self.start = Path(start) if start else None
+        self.started: dict[str, Tensor] = {}
+        self.sets: dict[str, list[Fields]] = {}  # by split, in the order of the tasks
+        self.grids: list[Grid] = []
+
+    # ---- data -------------------------------------------------------------------------------------------------
+
+    def prepare(self, root: Path) -> None:
+        """Read or make every split, fit normalisation and scales on train, read ``start``, and cache latents.
+
+        InputError where a file isn't what it should be."""
+        self.started = weights.system(self.start, "task.args.start") if self.start else {}
+        for split in ups.SPLITS:
+            found = [source.read(root, split) for source in self.sources]
+            if all(fields is not None for fields in found):
+                self.sets[split] = [fields for fields in found if fields is not None]
+        train = self.sets["train"]
+        self.grids = [
+            Grid(source.task, *fields.shape[2:], fields.steady)
+            for source, fields in zip(self.sources, train, strict=True)
+        ]
+        self.normalisers = [fit(fields) for fields in train]
+        encoders = self._encoders()
+        self._take(nn.ModuleDict(dict(zip((grid.name for grid in self.grids), encoders, strict=True))), "encoders.")
+        self._take(
+            nn.ModuleDict(dict(zip((g.name for g in self.grids), self.normalisers, strict=True))), "normalisers."
+        )
+        self.states: dict[str, list[dict[str, States]]] = {}
+        folder = Path(self.cache["folder"] or Path(root) / "latent_cache")
+        for split, sets in self.sets.items():
+            self.states[split] = [
+                self._states(folder, *each) for each in zip(sets, self.normalisers, encoders, strict=True)
+            ]
+        scales = [
+            self._scales(fields, *each)
+            for fields, *each in zip(train, self.states["train"], self.normalisers, encoders, strict=True)
+        ]
+        self.latent_change, self.field_change = zip(*scales, strict=True)
+
+    def _states(self, folder: Path, fields: Fields, normaliser: Normaliser, encoder: GridEncoder) -> dict[str, States]:
+        """Fields, in memory where they are small, and with an encoder that doesn't learn their latents."""
+        states: dict[str, States] = {"u": fields.tensor() if 4 * math.prod(fields.shape) <= RESIDENT else fields}
+        if not self.train_encoder:
+            configuration = {key: value for key, value in self.encoding.items() if key != "seed"}
+            states["z"] = latent_cache.ensure(
+                folder, fields, normaliser, encoder, configuration, str(self.cache["dtype"])
+            )
+        return states
+
+    @torch.no_grad()
+    def _scales(
+        self, fields: Fields, states: dict[str, States], normaliser: Normaliser, encoder: GridEncoder
+    ) -> tuple[float, float]:
+        """RMS of a step's change in latents and in normalised fields, from the first trajectories."""
+        stride = 1 if fields.steady else self.stride
+        latent = field = 0.0
+        count = min(len(fields), SCALED_BY)
+        for start in range(0, count, 32):
+            u = normaliser(torch.from_numpy(fields.read(start, min(start + 32, count))))
+            field += (u[:, stride:] - u[:, :-stride]).double().pow(2).flatten(1).mean(1).sum().item()
+            z = encoder(u.flatten(0, 1)).unflatten(0, u.shape[:2])
+            latent += (z[:, stride:] - z[:, :-stride]).double().pow(2).flatten(1).mean(1).sum().item()
+        # what never changes has no scale of its own
+        return math.sqrt(latent / count) or 1.0, math.sqrt(field / count) or 1.0
+
+    def missing(self, root: Path) -> list[str]:
+        absent = self.start is not None and not self.start.is_file()
+        lines = [f"task.args.start: there is no file {self.start}"] if absent else []
+        return lines + [line for source in self.sources for line in source.missing(root)]
+
+    def dataset(self, split: str) -> Dataset[Any] | None:
+        """Pairs of states: ``z0``, ``z1`` [, ``z_future``] where latents are cached, ``u0``, ``u1`` [, ``u_future``],
+        and ``task``."""
+        if not self.sets:
+            raise ValueError(f"{type(self).__name__}.prepare(root) has to come first: it reads the data")
+        if split not in self.sets:
+            return None
+        pairs = [
+            self.pairs(states, fields) for states, fields in zip(self.states[split], self.sets[split], strict=True)
+        ]
+        return Several([grid.name for grid in self.grids], pairs)
+
+    def pairs(self, states: dict[str, States], fields: Fields) -> Dataset[Batch]:
+        """The samples of one task's split."""
+        return Pairs(states, self.stride, self.horizon, fields.steady, fields.name)
+
+    def plan(self, dataset: Dataset[Any], seed: int) -> Plan:
+        assert isinstance(dataset, Several)
+        return plans.plan(self.sampling, dataset.sizes, seed)
+
+    def augment(self, batch: Batch) -> Batch:
+        return self.preprocess(batch)
+
+    def preprocess(self, batch: Batch) -> Batch:
+        batch["tasks"] = batch["task"].tolist()  # for the host: asking the device would wait for it
+        return batch
+
+    # ---- the system -------------------------------------------------------------------------------------------
+
+    def build(self, kind: Callable[..., PhysicsSystem], *arguments: Any) -> Any:
+        """The stage's network: a PhysicsSystem with the parts that this stage trains or its start has, and the start's
+        weights. InputError where they are not of this network."""
+        if not self.grids:
+            raise ValueError(f"{type(self).__name__}.prepare(root) has to come first: it reads the data")
+        dim = self.encoding["dim"]
+
+        def has(part: str) -> bool:
+            return part in self.trains or any(name.startswith(f"{part}.") for name in self.started)
+
+        parts = Parts(
+            self.grids,
+            self._encoders(),
+            deepcopy(self.normalisers),
+            LatentOperator(dim, **self.operating),
+            AnyPointDecoder(dim, sum(grid.channels for grid in self.grids), **self.reading),
+            DiffusionResidual(dim, **self.correcting) if has("corrector") else None,
+            SteadyPrior(dim, **self.prior) if has("prior") else None,
+            self.latent_change,
+            self.field_change,
+            self.reach,
+            self.dt,
+            self.horizon,
+        )
+        trains = (*self.trains, "encoders") if self.train_encoder and "decoder" in self.trains else self.trains
+        network = kind(parts, trains, *arguments)
+        self._take(network)
+        return network
+
+    def _encoders(self) -> list[GridEncoder]:
+        return [GridEncoder(channels=grid.channels, **on_grid(self.encoding, grid)) for grid in self.grids]
+
+    def _take(self, module: nn.Module, prefix: str = "") -> None:
+        """Load the start's weights into a module of the system: all of those that it has for it, and all but those of
+        parts that this stage adds."""
+        own = module.state_dict()
+        saved = {name[len(prefix) :]: value for name, value in self.started.items() if name.startswith(prefix)}
+        if not saved:
+            return
+        parts = {name.split(".")[0] for name in saved}
+        new = {name for name in own if not prefix and name.split(".")[0] not in parts}
+        alone = parts == {"operator"}
+        added = {name for name in new if alone or name.split(".")[0] in self.trains}
+        check_names({k: v for k, v in own.items() if k not in added}, saved, f"task.args.start: {self.start}")
+        module.load_state_dict(own | saved)
+
+    def blocks(self, network: nn.Module) -> Iterable[nn.Module]:
+        return [module for module in network.modules() if isinstance(module, UNetLayer | StackLayer)]
+
+    # ---- figures ----------------------------------------------------------------------------------------------
+
+    def sums(self, batch: Batch, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of values per row (B,) the sums over samples, by task: ``<task>/<name>``, and ``<task>/weight``."""
+        found: dict[str, Tensor] = {}
+        for number, grid in enumerate(self.grids):
+            weight = batch["weight"] if len(self.grids) == 1 else batch["weight"] * (batch["task"] == number)
+            found |= {f"{grid.name}/{name}": (value * weight).sum() for name, value in rows.items()}
+            found[f"{grid.name}/weight"] = weight.sum()
+        return found
+
+    def training_figures(self, means: dict[str, float]) -> dict[str, float]:
+        """``<task>/nrmse`` of the update's own samples, exact over micro-batches and ranks; nan of a task without."""
+        figures = {name: value for name, value in means.items() if "/" not in name}
+        for grid in self.grids:
+            error, truth = (means.get(f"{grid.name}/{name}") for name in ("latent_error", "latent"))
+            if error is not None and truth is not None:
+                figures[f"{grid.name}/nrmse"] = math.sqrt(error) / (math.sqrt(truth) + EPS) if truth else math.nan
+        return figures
+
+    def nrmses(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """From the sums of ``PhysicsSystem.measure``'s rows, ``nrmse`` of latents and ``nrmse_physical`` of fields;
+        ``…_persistence``: of predicting no change, ``…_floor``: of decoding the true latents, ``…_ratio``: to
+        persistence. Of several tasks ``<task>/…`` each; latents count alike whatever their task, of fields the mean
+        over tasks is taken.
+
+        NRMSE = sqrt(mean of squared errors) / (sqrt(mean of squares) + 1e-8), over the whole split.
+        """
+        own = {grid.name: _nrmses(lambda name, task=grid.name: sums[f"{task}/{name}"]) for grid in self.grids}
+        if len(own) == 1:
+            return next(iter(own.values()))
+        overall = _nrmses(lambda name: sum(sums[f"{task}/{name}"] for task in own))
+        physical = [name for name in overall if name.startswith("nrmse_physical")]
+        means = {name: sum(figures[name] for figures in own.values()) / len(own) for name in physical}
+        by_task = {f"{task}/{name}": value for task, figures in own.items() for name, value in figures.items()}
+        return overall | means | by_task
+
+
+def _nrmses(sum_of: Callable[[str], float]) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    n = sum_of("weight")
+
+    def nrmse(error: str, truth: str) -> float:
+        return math.sqrt(sum_of(error) / n) / (math.sqrt(sum_of(truth) / n) + EPS) if n else math.nan
+
+    for truth, name in (("latent", "nrmse"), ("field", "nrmse_physical")):
+        error, persistence = nrmse(f"{truth}_error", truth), nrmse(f"{truth}_persistence", truth)
+        figures |= {name: error, f"{name}_persistence": persistence, f"{name}_ratio": error / (persistence + EPS)}
+    return figures | {"nrmse_physical_floor": nrmse("field_floor", "field")}
+
+
+def on_grid(encoding: Settings, grid: Grid) -> dict[str, Any]:
+    """GridEncoder's arguments on a grid: patch and margin along both axes, none across a line."""
+    settings = dict(encoding)
+    for name, across in (("patch", 1), ("margin", 0)):
+        if name in settings:
+            size = settings[name]
+            y, x = (size, size) if isinstance(size, int) else size
+            settings[name] = (across if grid.height == 1 else y, x)
+    return settings
+
+
+def check_settings(key: str, settings: Settings, kind: Callable[..., Any], given: Sequence[str]) -> None:
+    """Raise InputError for a setting that ``kind`` doesn't take; ``given`` are those that are no setting."""
+    known = [name for name in inspect.signature(kind).parameters if name not in given]
+    if unknown := [name for name in settings if name not in known]:
+        raise InputError(f"task.args.{key}: no {', '.join(unknown)}; there are {', '.join(known)}")
