@@ -34,6 +34,7 @@ def describe(state: State) -> dict[str, str]:
             for group, names in zip(engine.bare_optimizer.param_groups, engine.names, strict=True)
         ),
         "device": f"{fabric.device}, strategy {config.fabric.strategy}, precision {precision}",
+        **state.task.describe(),
         **({"freezing": state.freezer.describe()} if state.freezer.parts else {}),
         "compile": state.compilation.describe(),
         "out of memory": state.memory.describe(),

@@ -114,6 +114,10 @@ class Task:
         it is an error of, is made here. Default: the means."""
         return means
 
+    def describe(self) -> dict[str, str]:
+        """Further lines of the start-up summary, by label: what a reader of the run has to know of this recipe."""
+        return {}
+
     # ---- evaluation -------------------------------------------------------------------------------------------
 
     def meters(self) -> dict[str, Metric]:

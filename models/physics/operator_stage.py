@@ -18,6 +18,8 @@ from models.physics.stage import Stage
 from models.physics.system import Parts, PhysicsSystem, joined, mean_square
 
 SPECTRAL = {"space": losses.spectral_amplitude_loss, "original": losses.feature_spectral_loss}
+INVERSE = ("inverse_encoding", "inverse_decoding")
+READS = {"physical", "decoder", *INVERSE}  # the decoder
 PRIORS = ("divergence", "conservation", "boundary", "positivity", "latent_norm", "latent_diversity")
 
 
@@ -37,16 +39,22 @@ class OperatorNetwork(PhysicsSystem):
     def forward(self, batch: Batch, terms: Sequence[str], measured: bool = False) -> dict[str, Tensor]:
         """The losses ``terms`` of each row, by name: (B,) each; ``measured``: the rows of ``measure`` too, else
         ``latent`` and ``latent_error`` alone."""
-        z0, z1_true = self.latents(batch, "z0"), self.latents(batch, "z1")
+        z0_live, z1_true = self.latents(batch, "z0"), self.latents(batch, "z1").detach()
+        z0 = (
+            z0_live.detach()
+        )  # encoders learn from the inverse losses alone: a step is easiest where all latents are alike
         z1 = self.step(z0, batch["task"])
-        rows = {name: getattr(self, f"_{name}")(batch, z0, z1, z1_true) for name in terms if name not in PRIORS}
+        rows = {name: getattr(self, f"_{name}")(batch, z0_live) for name in terms if name in INVERSE}
+        operator_terms = [name for name in terms if name not in (*INVERSE, *PRIORS)]
+        rows |= {name: getattr(self, f"_{name}")(batch, z0, z1, z1_true) for name in operator_terms}
         if wanted := [name for name in terms if name in PRIORS]:
             rows |= self._priors(batch, z0, z1, wanted)
         if measured:
             return rows | self.measure(batch, z0, z1, z1_true)
         with torch.no_grad():
             rows |= {"latent": mean_square(z1_true), "latent_error": mean_square(z1 - z1_true)}
-        return rows | ({"untouched": self.untouched()} if "encoders" in self.trains else {})
+        idle = "decoder" in self.trains and not READS & set(terms)  # an inverse loss that has not begun yet
+        return rows | ({"untouched": self.untouched()} if idle or "encoders" in self.trains else {})
 
     # ---- of the operator --------------------------------------------------------------------------------------
 
@@ -62,7 +70,7 @@ class OperatorNetwork(PhysicsSystem):
 
     def _rollout(self, batch: Batch, z0: Tensor, z1: Tensor, z1_true: Tensor) -> Tensor:
         """The mean over the steps after the first, each from the one predicted before."""
-        future, task = self.latents(batch, "z_future"), batch["task"]
+        future, task = self.latents(batch, "z_future").detach(), batch["task"]
         predicted = losses.unrolled(partial(self.step, task=task), z1, future.shape[1])
         return losses.rollout_loss(predicted, future).mean(1) / self._unit(task)
 
@@ -83,7 +91,7 @@ class OperatorNetwork(PhysicsSystem):
     def _decoder(self, batch: Batch, z0: Tensor, z1: Tensor, z1_true: Tensor) -> Tensor:
         """What the decoder makes of true latents: of the change of a step, in its units, and of both states. The
         gradient goes to the decoder alone."""
-        return self._by_task(batch, partial(self._decoder_of, batch, z0.detach(), z1_true.detach()))
+        return self._by_task(batch, partial(self._decoder_of, batch, z0, z1_true))
 
     def _decoder_of(self, batch: Batch, z0: Tensor, z1: Tensor, task: int, rows: Tensor | slice) -> Tensor:
         points = batch["points"][rows]
@@ -96,7 +104,7 @@ class OperatorNetwork(PhysicsSystem):
             return level
         return level + losses.forward_loss(error1, error0) / self.field_change[task] ** 2
 
-    def _inverse_encoding(self, batch: Batch, z0: Tensor, z1: Tensor, z1_true: Tensor) -> Tensor:
+    def _inverse_encoding(self, batch: Batch, z0: Tensor) -> Tensor:
         def of(task: int, rows: Tensor | slice) -> Tensor:
             points = batch["points"][rows]
             truth = at_points(self._normal(batch, "u0", task, rows), points)
@@ -104,7 +112,7 @@ class OperatorNetwork(PhysicsSystem):
 
         return self._by_task(batch, of)
 
-    def _inverse_decoding(self, batch: Batch, z0: Tensor, z1: Tensor, z1_true: Tensor) -> Tensor:
+    def _inverse_decoding(self, batch: Batch, z0: Tensor) -> Tensor:
         def of(task: int, rows: Tensor | slice) -> Tensor:
             grid, z = self.grids[task], z0[rows]
             fields = self.read(z, task).mT.unflatten(2, (grid.height, grid.width))
@@ -157,7 +165,8 @@ class OperatorStage(Stage):
     error, with a gradient through the decoder): beside the forward loss, whose weight is 1. spectral: "space", or
     "original": over a latent's features.
     decoder_weight: of the decoder's own loss, on latents held fixed. inverse_encoding, inverse_decoding: of those that
-    reach the encoder too, 0 before epoch ``inverse_warmup``, growing until twice that, at most ``inverse_cap``.
+    reach an encoder that learns, and alone do: 0 before epoch ``inverse_warmup``, growing until twice that, at most
+    ``inverse_cap``.
     queries: points per sample at which fields are compared, all where a grid has fewer; stratified: spread evenly.
     priors: weights by name, {divergence, conservation, boundary, positivity, latent_norm, latent_diversity}, of the
     predicted state. boundary: {value, edges} of the boundary's. scaled: losses of a step in units of the task's change;
@@ -192,6 +201,10 @@ class OperatorStage(Stage):
             raise InputError(f"task.args.priors: {', '.join(sorted(unknown))} is none of {', '.join(PRIORS)}")
         if rollout_weight and self.horizon < 2:
             raise InputError("task.args.rollout_weight: needs a task.args.rollout_horizon of at least 2")
+        if self.train_encoder and not inverse_encoding:
+            raise InputError(
+                "task.args.train_encoder: needs inverse_encoding above 0: no other loss alone tells fields apart"
+            )
         if queries < 1:
             raise InputError(f"task.args.queries: must be at least 1, not {queries}")
         self.spectral, self.queries, self.stratified = spectral, queries, stratified
@@ -201,8 +214,7 @@ class OperatorStage(Stage):
         self.constant |= {"physical": physical_weight, "decoder": decoder_weight} | dict(priors or {})
         self.growing = {"inverse_encoding": inverse_encoding, "inverse_decoding": inverse_decoding}
         self.inverse = {"warmup": inverse_warmup, "cap": inverse_cap}
-        reads = {"physical", "decoder", "inverse_encoding", "inverse_decoding", *PRIORS[:4]}
-        if not any(weight for name, weight in (self.constant | self.growing).items() if name in reads):
+        if not any(weight for name, weight in (self.constant | self.growing).items() if name in READS):
             self.trains = ("operator",)
 
     def network(self) -> OperatorNetwork:

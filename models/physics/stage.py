@@ -46,8 +46,8 @@ class Stage(Task):
     time_stride: frames in a step. rollout_horizon: states after the first that a sample brings.
 
     encoder: arguments of every task's GridEncoder: tokens, dim, and patch and margin, points along each axis that a
-    task's grid has; seed: the same for all tasks. train_encoder: it learns too; else it is frozen and its latents are
-    cached: latent_cache_dir (``<data.root>/latent_cache``), latent_cache_dtype ("float32" or "float16").
+    task's grid has; seed: the same for all tasks. train_encoder: it learns with the decoder; else it is frozen and its
+    latents are cached: latent_cache_dir (``<data.root>/latent_cache``), latent_cache_dtype ("float32" or "float16").
     operator: of the LatentOperator, dim left out. reach: of PhysicsSystem.step; with one, losses are in units of the
     task's change. dt: what the operator is told of time. decoder: of the AnyPointDecoder, dim and fields left out.
     corrector, prior: of the DiffusionResidual and the SteadyPrior, dim left out.
@@ -142,7 +142,7 @@ class Stage(Task):
     def _states(self, folder: Path, fields: Fields, normaliser: Normaliser, encoder: GridEncoder) -> dict[str, States]:
         """Fields, in memory where they are small, and with an encoder that doesn't learn their latents."""
         states: dict[str, States] = {"u": fields.tensor() if 4 * math.prod(fields.shape) <= RESIDENT else fields}
-        if not self.train_encoder:
+        if not self.encoders_learn:
             configuration = {key: value for key, value in self.encoding.items() if key != "seed"}
             states["z"] = latent_cache.ensure(
                 folder, fields, normaliser, encoder, configuration, str(self.cache["dtype"])
@@ -197,6 +197,11 @@ class Stage(Task):
         batch["tasks"] = batch["task"].tolist()  # for the host: asking the device would wait for it
         return batch
 
+    @property
+    def encoders_learn(self) -> bool:
+        """They do together with the decoder, in the first stage; the ones after find them trained."""
+        return self.train_encoder and "decoder" in self.trains
+
     # ---- the system -------------------------------------------------------------------------------------------
 
     def build(self, kind: Callable[..., PhysicsSystem], *arguments: Any) -> Any:
@@ -223,8 +228,7 @@ class Stage(Task):
             self.dt,
             self.horizon,
         )
-        trains = (*self.trains, "encoders") if self.train_encoder and "decoder" in self.trains else self.trains
-        network = kind(parts, trains, *arguments)
+        network = kind(parts, (*self.trains, "encoders") if self.encoders_learn else self.trains, *arguments)
         self._take(network)
         return network
 
@@ -244,6 +248,14 @@ class Stage(Task):
         added = {name for name in new if alone or name.split(".")[0] in self.trains}
         check_names({k: v for k, v in own.items() if k not in added}, saved, f"task.args.start: {self.start}")
         module.load_state_dict(own | saved)
+
+    def describe(self) -> dict[str, str]:
+        sizes = ", ".join(
+            f"{grid.name} {' x '.join(str(n) for n in (grid.channels, grid.height, grid.width))}" for grid in self.grids
+        )
+        lines = {"tasks": f"{sizes}, {self.sampling}" if len(self.grids) > 1 else sizes}
+        lines |= {"trains": ", ".join(self.trains)}
+        return lines | ({"starts with": str(self.start)} if self.start else {})
 
     def blocks(self, network: nn.Module) -> Iterable[nn.Module]:
         return [module for module in network.modules() if isinstance(module, UNetLayer | StackLayer)]
