@@ -218,7 +218,8 @@ def measure_checkpoint(fabric: Fabric, task: Task, command: Command, config: Con
     state.compilation.retreat(fabric.print)
     if fabric.is_global_zero:
         for name, value in metrics.items():
-            print(f"{name} {value!r}", flush=True)
+            if isinstance(value, float):  # arrays are for the file
+                print(f"{name} {value!r}", flush=True)
         if command.out:
             write_measured(state, path, command, metrics)
     return FINISHED

@@ -76,7 +76,7 @@ def fit(pairs: Iterable[tuple[Tensor, Tensor]], radius: tuple[int, int], periodi
 
 
 def fit_fields(fields: Fields, stride: int, periodic: bool = True, points: int = POINTS) -> LinearStep:
-    """The LinearStep of a set, ``stride`` frames long. Of a large one, states spread evenly over trajectories and
+    """The LinearStep of a set, of ``stride`` frames. Of a large one, states spread evenly over trajectories and
     time: about ``points`` grid points in all. A steady set's step is from what is given to the solution."""
     radius = RADIUS["line"] if fields.shape[3] == 1 else RADIUS["plane"]
     return fit(_pairs(fields, 1 if fields.steady else stride, points), (radius, radius), periodic)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from models.physics.operator import CORES, LatentOperator, StackLayer, UNetLayer
 from models.physics.prior import SteadyPrior
 from models.physics.residual import DiffusionResidual
 from models.physics.system import Grid, Parts, PhysicsSystem
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESIDENT = 1 << 30  # bytes of fields of a split that are kept in memory; more are read as they are asked for
 SCALED_BY = 256  # trajectories from which the RMS of a step's change is taken
@@ -261,6 +264,13 @@ class Stage(Task):
         return [module for module in network.modules() if isinstance(module, UNetLayer | StackLayer)]
 
     # ---- figures ----------------------------------------------------------------------------------------------
+
+    def pictures(self, network: nn.Module, device: torch.device) -> dict[str, Figure]:
+        """Of every task a rollout beside the truth, and how its error and its spectrum go."""
+        from models.physics.evaluation import rollout_pictures
+
+        assert isinstance(network, PhysicsSystem)
+        return rollout_pictures(self, network, device)
 
     def sums(self, batch: Batch, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of values per row (B,) the sums over samples, by task: ``<task>/<name>``, and ``<task>/weight``."""
