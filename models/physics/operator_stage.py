@@ -36,9 +36,12 @@ class OperatorNetwork(PhysicsSystem):
         super().__init__(parts, trains)
         self.spectral, self.boundary, self.scaled = spectral, dict(boundary), scaled
 
-    def forward(self, batch: Batch, terms: Sequence[str], measured: bool = False) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, terms: Sequence[str] | None = None, measured: bool = False) -> dict[str, Tensor]:
         """The losses ``terms`` of each row, by name: (B,) each; ``measured``: the rows of ``measure`` too, else
-        ``latent`` and ``latent_error`` alone."""
+        ``latent`` and ``latent_error`` alone. Without terms ``u1``, what ``predict`` makes of ``u0`` and, of several
+        tasks, ``task``."""
+        if terms is None:
+            return {"u1": self.predict(batch)}
         z0_live, z1_true = self.latents(batch, "z0"), self.latents(batch, "z1").detach()
         z0 = (
             z0_live.detach()
@@ -254,6 +257,13 @@ class OperatorStage(Stage):
         of_losses = {f"{name}_loss": (rows.pop(name) * batch["weight"]).sum() for name in weights}
         total = sum(weight * of_losses[f"{name}_loss"] for name, weight in weights.items())
         return {"loss": total, **of_losses, "weight": batch["weight"].sum(), **self.sums(batch, rows)}
+
+    def predict(self, network: nn.Module, batch: Batch) -> dict[str, Tensor | list[str]]:
+        """``u1``: (B, C, H, W), the fields after the step, in their units, at the grid points. Of several tasks
+        ``task`` too, places in ``tasks``; where their grids differ, rows of u1 are flat, with zeros behind."""
+        asked = {name: batch[name] for name in (("u0",) if len(self.grids) == 1 else ("u0", "task"))}
+        found: dict[str, Tensor | list[str]] = {"u1": network(asked)["u1"]}
+        return found | {name: value for name, value in asked.items() if name == "task"}
 
     def figures(self, sums: dict[str, Any]) -> dict[str, float]:
         """``loss``, the mean of every loss, and those of ``nrmses``."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from data import latent_cache, plans, ups
 from data.fields import Fields
@@ -22,6 +22,7 @@ from fabric_trainer.errors import InputError
 from fabric_trainer.order import Plan
 from fabric_trainer.portable import check_names
 from fabric_trainer.task import Batch, Task
+from models.physics import symmetries as symmetry
 from models.physics import weights
 from models.physics.decoder import AnyPointDecoder
 from models.physics.encoder import GridEncoder
@@ -45,8 +46,11 @@ class Stage(Task):
 
     tasks: names of ``data.ups.TASKS``, read from ``<data.root>/<task>_<split>.h5``. made: tasks whose data our
     generators make, each with its parameters, such as {burgers1d: {nu: 0.01, nx: 256}}; samples: their trajectories,
-    {train: 96, val: 16, test: 16}. sampling: of several tasks, "proportional" or "balanced".
-    time_stride: frames in a step. rollout_horizon: states after the first that a sample brings.
+    {train: 96, val: 16, test: 16}. files: tasks that are in PDEBench's own files, as ``data.sets.Source`` has them,
+    {burgers1d: {train: PATH, val: PATH}}. sampling: of several tasks, "proportional" or "balanced".
+    time_stride: frames in a step. rollout_horizon: states after the first that a sample brings. val_every: every how
+    many-th pair of val and test is measured. symmetries: of ``models.physics.symmetries``, those that a task's equation
+    has, {burgers1d: [shift, mirror]}: each training sample is turned by them at random.
 
     encoder: arguments of every task's GridEncoder: tokens, dim, and patch and margin, points along each axis that a
     task's grid has; seed: the same for all tasks. train_encoder: it learns with the decoder; else it is frozen and its
@@ -68,9 +72,12 @@ class Stage(Task):
         tasks: list[str],
         made: dict[str, dict[str, Any]] | None = None,
         samples: dict[str, int] | None = None,
+        files: dict[str, dict[str, Any]] | None = None,
         sampling: str = "proportional",
         time_stride: int = 1,
         rollout_horizon: int = 1,
+        val_every: int = 1,
+        symmetries: dict[str, list[str]] | None = None,
         encoder: Settings | None = None,
         train_encoder: bool = False,
         operator: Settings | None = None,
@@ -83,14 +90,19 @@ class Stage(Task):
         latent_cache_dtype: str = "float32",
         start: str | None = None,
     ) -> None:
-        made = made or {}
+        made, files, turned = made or {}, files or {}, symmetries or {}
         if not tasks or len(set(tasks)) < len(tasks):
             raise InputError(f"task.args.tasks: needs names, each once, not {tasks}")
-        if unknown := set(made) - set(tasks):
-            raise InputError(f"task.args.made: {', '.join(sorted(unknown))} is none of tasks, {', '.join(tasks)}")
+        for key, named in (("made", made), ("files", files), ("symmetries", turned)):
+            if unknown := set(named) - set(tasks):
+                raise InputError(f"task.args.{key}: {', '.join(sorted(unknown))} is none of tasks, {', '.join(tasks)}")
+        if val_every < 1:
+            raise InputError(f"task.args.val_every: must be at least 1, not {val_every}")
         plans.check(sampling)
-        self.sources = [Source(task, made.get(task), samples or {}) for task in tasks]
+        symmetry.check(turned)
+        self.sources = [Source(task, made.get(task), samples or {}, files.get(task)) for task in tasks]
         self.sampling, self.stride, self.horizon = sampling, time_stride, rollout_horizon
+        self.val_every, self.symmetries = val_every, [turned.get(task, []) for task in tasks]
         self.encoding: dict[str, Any] = {"tokens": 32, "dim": 16} | dict(encoder or {})
         self.operating, self.reading = dict(operator or {}), dict(decoder or {})
         self.correcting, self.prior = dict(corrector or {}), dict(prior or {})
@@ -124,6 +136,8 @@ class Stage(Task):
             Grid(source.task, *fields.shape[2:], fields.steady)
             for source, fields in zip(self.sources, train, strict=True)
         ]
+        for grid, names in zip(self.grids, self.symmetries, strict=True):
+            symmetry.check_grid(grid.name, names, grid.height, grid.width)
         self.normalisers = [fit(fields) for fields in train]
         encoders = self._encoders()
         self._take(nn.ModuleDict(dict(zip((grid.name for grid in self.grids), encoders, strict=True))), "encoders.")
@@ -133,19 +147,21 @@ class Stage(Task):
         self.states: dict[str, list[dict[str, States]]] = {}
         folder = Path(self.cache["folder"] or Path(root) / "latent_cache")
         for split, sets in self.sets.items():
+            cached = not self.encoders_learn and not (split == "train" and any(self.symmetries))
             self.states[split] = [
-                self._states(folder, *each) for each in zip(sets, self.normalisers, encoders, strict=True)
+                self._states(folder if cached else None, *each)
+                for each in zip(sets, self.normalisers, encoders, strict=True)
             ]
-        scales = [
-            self._scales(fields, *each)
-            for fields, *each in zip(train, self.states["train"], self.normalisers, encoders, strict=True)
-        ]
+        scales = [self._scales(*each) for each in zip(train, self.normalisers, encoders, strict=True)]
         self.latent_change, self.field_change = zip(*scales, strict=True)
 
-    def _states(self, folder: Path, fields: Fields, normaliser: Normaliser, encoder: GridEncoder) -> dict[str, States]:
-        """Fields, in memory where they are small, and with an encoder that doesn't learn their latents."""
+    def _states(
+        self, folder: Path | None, fields: Fields, normaliser: Normaliser, encoder: GridEncoder
+    ) -> dict[str, States]:
+        """Fields, in memory where they are small, and their latents, cached in ``folder``; None: the network makes
+        them, of what a sample has become."""
         states: dict[str, States] = {"u": fields.tensor() if 4 * math.prod(fields.shape) <= RESIDENT else fields}
-        if not self.encoders_learn:
+        if folder is not None:
             configuration = {key: value for key, value in self.encoding.items() if key != "seed"}
             states["z"] = latent_cache.ensure(
                 folder, fields, normaliser, encoder, configuration, str(self.cache["dtype"])
@@ -153,9 +169,7 @@ class Stage(Task):
         return states
 
     @torch.no_grad()
-    def _scales(
-        self, fields: Fields, states: dict[str, States], normaliser: Normaliser, encoder: GridEncoder
-    ) -> tuple[float, float]:
+    def _scales(self, fields: Fields, normaliser: Normaliser, encoder: GridEncoder) -> tuple[float, float]:
         """RMS of a step's change in latents and in normalised fields, from the first trajectories."""
         stride = 1 if fields.steady else self.stride
         latent = field = 0.0
@@ -163,7 +177,8 @@ class Stage(Task):
         for start in range(0, count, 32):
             u = normaliser(torch.from_numpy(fields.read(start, min(start + 32, count))))
             field += (u[:, stride:] - u[:, :-stride]).double().pow(2).flatten(1).mean(1).sum().item()
-            z = encoder(u.flatten(0, 1)).unflatten(0, u.shape[:2])
+            z = torch.cat([encoder(some) for some in u.flatten(0, 1).split(latent_cache.STATES)])
+            z = z.unflatten(0, u.shape[:2])
             latent += (z[:, stride:] - z[:, :-stride]).double().pow(2).flatten(1).mean(1).sum().item()
         # what never changes has no scale of its own
         return math.sqrt(latent / count) or 1.0, math.sqrt(field / count) or 1.0
@@ -183,6 +198,8 @@ class Stage(Task):
         pairs = [
             self.pairs(states, fields) for states, fields in zip(self.states[split], self.sets[split], strict=True)
         ]
+        if split != "train" and self.val_every > 1:
+            pairs = [Subset(each, range(0, len(each), self.val_every)) for each in pairs]  # type: ignore[arg-type]
         return Several([grid.name for grid in self.grids], pairs)
 
     def pairs(self, states: dict[str, States], fields: Fields) -> Dataset[Batch]:
@@ -194,7 +211,7 @@ class Stage(Task):
         return plans.plan(self.sampling, dataset.sizes, seed)
 
     def augment(self, batch: Batch) -> Batch:
-        return self.preprocess(batch)
+        return symmetry.turn(self.preprocess(batch), self.grids, self.symmetries, self.horizon)
 
     def preprocess(self, batch: Batch) -> Batch:
         batch["tasks"] = batch["task"].tolist()  # for the host: asking the device would wait for it

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from data.normalise import Normaliser
 from models.physics.decoder import AnyPointDecoder
@@ -122,7 +123,7 @@ class PhysicsSystem(nn.Module):
         (B, Q, C)."""
         grid = self.grids[task]
         if points is None:
-            points = torch.arange(grid.points, device=z.device).expand(len(z), -1)
+            points = torch.arange(grid.points, device=z.device).expand(z.shape[0], -1)
         x, y = (points % grid.width + 0.5) / grid.width, (points // grid.width + 0.5) / grid.height
         first = sum(other.channels for other in self.grids[:task])
         places = self.encoders[grid.name].places(grid.height, grid.width)
@@ -175,6 +176,32 @@ class PhysicsSystem(nn.Module):
             z = self.encode(states, task, frame)
             pieces.append((rows, z.unflatten(0, fields.shape[:-3])))
         return joined(pieces)
+
+    def predict(self, batch: dict[str, Any]) -> Tensor:
+        """The fields a step after ``u0``, in their units and in its shape: (B, C, H, W), or flat rows with zeros behind
+        where tasks have different grids.
+
+        Every task's parts are asked about every row, and the row takes what its own say: so nothing depends on which
+        tasks a batch has, and a traced graph is right for any.
+        """
+        u0, tasks = batch["u0"], range(len(self.grids))
+        given = [self.fields(batch, "u0", task, slice(None)) for task in tasks]
+        if len(given) == 1:
+            z0 = self.encode(given[0], 0)
+            return self.advance(given[0], z0, self.step(z0, 0), 0)
+
+        def own(values: Sequence[Tensor]) -> Tensor:
+            """Of each row what its task's values are."""
+            rows = batch["task"].view(-1, *(1,) * (values[0].ndim - 1))
+            chosen = values[0]
+            for task, value in enumerate(values[1:], 1):
+                chosen = torch.where(rows == task, value, chosen)
+            return chosen
+
+        z0 = own([self.encode(fields, task) for task, fields in enumerate(given)])
+        z1, wide = self.step(z0, batch["task"]), u0.flatten(1).shape[1]
+        found = [self.advance(fields, z0, z1, task).flatten(1) for task, fields in enumerate(given)]
+        return own([F.pad(values, (0, wide - values.shape[1])) for values in found]).view_as(u0)
 
     def measure(self, batch: dict[str, Any], z0: Tensor, z1: Tensor, z1_true: Tensor) -> dict[str, Tensor]:
         """Mean squares of each row, (B,) float32 at least: of latents and fields after the step and of their errors,

@@ -134,6 +134,56 @@ def test_mixed_batch_equals_its_tasks_alone(root):
             torch.testing.assert_close(together[name][place], value[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [BURGERS, MIXED], ids=["one task", "two grids"])
+def test_predict_is_what_is_measured(root, settings):
+    """The field after a step in its own units, of any mixture of tasks, from ``u0`` alone."""
+    task = made(root, settings)
+    network = task.network()
+    torch.nn.init.normal_(network.operator.output_norm.weight, std=0.1)
+    rows = [0, 7, 2] if len(task.grids) == 1 else [0, (first := task.dataset("train").sizes[0]), 5, first + 1]
+    batch = batch_of(task, rows)
+    found = task.predict(network, batch)
+    assert set(found) == ({"u1"} if len(task.grids) == 1 else {"u1", "task"})
+    assert found["u1"].shape == batch["u0"].shape
+    error = network(batch, (), measured=True)["field_error"]
+    for row, number in enumerate(batch["tasks"]):
+        size = task.grids[number].channels * task.grids[number].points
+        difference = (found["u1"] - batch["u1"])[row].flatten()
+        torch.testing.assert_close(difference[:size].pow(2).mean(), error[row], rtol=1e-4, atol=1e-9)
+        assert not found["u1"][row].flatten()[size:].any()
+
+
+def test_val_every_thins_each_tasks_pairs(root):
+    task, thin = made(root, MIXED, samples={"train": 6, "val": 3}), made(root, MIXED, val_every=3)
+    assert len(thin.dataset("train")) == len(task.dataset("train")) and task.dataset("val").sizes == [24, 3]
+    assert thin.dataset("val").sizes == [8, 1]
+    for place, index in enumerate([*range(0, 24, 3), 24]):
+        one, other = thin.dataset("val")[place], task.dataset("val")[index]
+        assert set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(InputError, match=r"task.args.val_every: must be at least 1, not 0"):
+        OperatorStage(**BURGERS, val_every=0)
+
+
+def test_pdebench_files_are_read_as_they_are(root):
+    """What our generators make is in PDEBench's layout: read as files it is the same data."""
+    task = made(root, MIXED)
+    paths = {
+        name: {split: str(sets[split][number].paths[0]) for split in ("train", "val")}
+        for sets in [task.sets]
+        for number, name in enumerate(MIXED["tasks"])
+    }
+    settings = {key: value for key, value in MIXED.items() if key not in ("made", "samples")}
+    read = made(root, settings, files=paths)
+    assert read.grids == task.grids and read.latent_change == task.latent_change
+    for key, value in task.dataset("val")[-1].items():
+        assert torch.equal(read.dataset("val")[-1][key], value)
+    assert read.missing(root) == [] and read.dataset("test") is None
+    paths["darcy2d"]["val"] = "none.hdf5"
+    assert OperatorStage(**settings, files=paths).missing(root) == [
+        "task.args.files.darcy2d.val: there is no file none.hdf5"
+    ]
+
+
 def test_untrained_is_persistence_and_training_beats_it(root):
     more = {"made": {"burgers1d": {"nx": 32, "frames": 41}}, "samples": {"train": 48, "val": 8}, "time_stride": 4}
     task = made(root, BURGERS, reach=50.0, **more, encoder=BURGERS["encoder"] | {"tokens": 16, "dim": 16, "margin": 4})
@@ -180,6 +230,13 @@ def test_stage_starts_with_the_one_before(root, tmp_path):
         ({"sampling": "even"}, "task.args.sampling: 'even' is none of"),
         ({"made": {"burgers1d": {"mu": 1}}}, "task.args.made.burgers1d: no mu"),
         ({"made": {"darcy2d": {}}}, "task.args.made: darcy2d is none of tasks"),
+        ({"files": {"burgers1d": {"train": "a", "val": "b"}}}, "task.args.files.burgers1d: is in task.args.made too"),
+        ({"made": None, "files": {"burgers1d": {"train": "a"}}}, "task.args.files.burgers1d: needs a file for val"),
+        (
+            {"made": None, "files": {"burgers1d": {"train": "a", "val": "b", "key": "u"}}},
+            "burgers1d: no key, only train",
+        ),
+        ({"made": None, "files": {"burgers1d": {"train": "a", "val": "b", "given": "u"}}}, "burgers1d is not steady"),
         ({"spectral": "time"}, "task.args.spectral: 'time' is none of space, original"),
         ({"priors": {"energy": 1.0}}, "task.args.priors: energy is none of"),
         ({"train_encoder": True}, "task.args.train_encoder: needs inverse_encoding above 0"),
