@@ -77,7 +77,7 @@ class ScheduleConfig:
     warmup: int = 0
     """Updates that rise linearly to the full rate."""
     final: float = 0.0
-    """linear, cosine, one_cycle: the share at the last update."""
+    """linear, cosine, one_cycle: the share at the last update; plateau: the least."""
     start: float = 0.04
     """one_cycle: the share at the first update."""
     peak: float = 0.3

@@ -71,7 +71,7 @@ class Plateau:
             return
         self.bad += 1
         if self.bad > self.config.patience:
-            self.share, self.bad = self.share * self.config.factor, 0
+            self.share, self.bad = max(self.share * self.config.factor, self.config.final), 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"share": self.share, "best": self.best, "bad": self.bad}

@@ -146,13 +146,14 @@ metrics = st.lists(st.one_of(st.floats(1e-3, 1e3), st.sampled_from([1.0, 1.0005,
     patience=st.integers(0, 4),
     factor=st.floats(0.1, 0.9),
     threshold=st.sampled_from([0.0, 1e-3, 0.1]),
+    final=st.sampled_from([0.0, 0.03, 0.5]),
     cut=st.integers(0, 40),
 )
-def test_plateau_is_torchs_and_survives_a_resume(values, mode, patience, factor, threshold, cut):
-    config = ScheduleConfig(name="plateau", patience=patience, factor=factor, threshold=threshold)
+def test_plateau_is_torchs_and_survives_a_resume(values, mode, patience, factor, threshold, final, cut):
+    config = ScheduleConfig(name="plateau", patience=patience, factor=factor, threshold=threshold, final=final)
     opt = optimizer()
     theirs = lr_scheduler.ReduceLROnPlateau(
-        opt, mode, factor, patience, threshold=threshold, threshold_mode="rel", cooldown=0, eps=0.0
+        opt, mode, factor, patience, threshold=threshold, threshold_mode="rel", cooldown=0, min_lr=final, eps=0.0
     )
     plateau = Plateau(config, mode)
     for number, value in enumerate(values):
