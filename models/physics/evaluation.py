@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,7 +82,10 @@ class EvaluationStage(Stage):
         if space not in rollouts.SPACES:
             raise InputError(f"task.args.space: {space!r} is none of {', '.join(rollouts.SPACES)}")
         self.rollout_steps, self.starts, self.space = rollout_steps, starts, space
-        self.linear: list[LinearStep] = []
+        self.val_every = 1  # every trajectory counts
+
+    def _states(self, folder: Path | None, *parts: Any) -> dict[str, States]:
+        return super()._states(None, *parts)  # latents are made as they are needed, once
 
     def pairs(self, states: dict[str, States], fields: Fields) -> Trajectories:
         return Trajectories(states["u"], self.rollout_steps, self.stride, self.starts, fields.steady, fields.name)
