@@ -191,10 +191,11 @@ class Scored:
 
 
 class Conditioned(NamedTuple):
-    """z: (B, steps, ...), the states after each step. reward, reward_plain: (B,), the mean over the steps of the
-    reward of these states, and of plain steps. evaluations: candidates that were decoded for each sample."""
+    """z, plain: (B, steps, ...), the states after each step, and those of plain steps. reward, reward_plain: (B,),
+    the mean of their rewards. evaluations: candidates that were decoded for each sample."""
 
     z: Tensor
+    plain: Tensor
     reward: Tensor
     reward_plain: Tensor
     evaluations: int
@@ -219,23 +220,23 @@ class Search:
     decode: Callable[[Tensor], Tensor]
     random: SampleRandom
     correct: Callable[[Tensor, Tensor], Tensor] | None = None
-    unit: float = 1.0
+    unit: Tensor | float = 1.0
     weight: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, z: Tensor) -> Conditioned:
         """z: (B, ...), the states to start from."""
         start, plain, evaluations = self.decode(z), z, 0
-        states, rewards, plain_rewards = [], [], []
+        states, plain_states = [], []
         for moment in range(self.settings.steps):
             z, spent = self._next(z, start, moment, evaluations)
             plain = self.candidate(self.step(plain), moment, 0)
             evaluations += spent
             states.append(z)
-            rewards.append(self.score(start, self.decode(z)))
-            plain_rewards.append(self.score(start, self.decode(plain)))
-        reward, reward_plain = torch.stack(rewards).mean(0), torch.stack(plain_rewards).mean(0)
-        return Conditioned(torch.stack(states, 1), reward, reward_plain, evaluations)
+            plain_states.append(plain)
+        rewards = [torch.stack([self.score(start, self.decode(z)) for z in each]) for each in (states, plain_states)]
+        reward, reward_plain = (each.mean(0) for each in rewards)
+        return Conditioned(torch.stack(states, 1), torch.stack(plain_states, 1), reward, reward_plain, evaluations)
 
     def candidate(self, predicted: Tensor, moment: int, number: int) -> Tensor:
         """One of the candidates around a prediction; number 0 is the plain one."""
@@ -244,10 +245,9 @@ class Search:
             low, high = sampler.tau_range
             place = self.random.uniform(f"ttc tau {moment} {number}") if number else wide(z.new_full((len(z),), 0.5))
             z = z + self.correct(predicted, low + (high - low) * place)
-        noise = sampler.noise(moment)
-        if number and noise:
-            noise *= self.unit if sampler.noise_unit == "latent_change" else 1.0
-            z = z + noise * self.random.normal(f"ttc noise {moment} {number}", *z.shape[1:]).to(z.dtype)
+        if number and (noise := sampler.noise(moment)):
+            unit = self.unit if sampler.noise_unit == "latent_change" else 1.0
+            z = z + noise * unit * self.random.normal(f"ttc noise {moment} {number}", *z.shape[1:]).to(z.dtype)
         return z
 
     def _next(self, z: Tensor, start: Tensor, moment: int, spent_before: int) -> tuple[Tensor, int]:

@@ -16,7 +16,7 @@ from data.fields import Fields
 from data.pairs import States
 from fabric_trainer.errors import InputError
 from fabric_trainer.task import Batch, Loss
-from models.physics import conditioning, rollouts
+from models.physics import conditioned, conditioning, rollouts
 from models.physics.linear import LinearStep, fit_fields
 from models.physics.rollouts import Step, Trajectories
 from models.physics.stage import Stage
@@ -32,19 +32,27 @@ FRAMES = 4  # states of a plane that a picture shows
 class EvaluationNetwork(PhysicsSystem):
     """The system, with what is measured along rollouts as ``forward``.
 
-    linear: each task's. steps: of each task's rollouts. space: of ``rollouts.SPACES``.
+    linear: each task's. steps: of each task's rollouts. space: of ``rollouts.SPACES``. ttc: of test-time conditioning;
+    InputError where the tasks lack what it names.
     """
 
     def __init__(
-        self, parts: Parts, trains: Sequence[str], linear: Sequence[LinearStep], steps: Sequence[int], space: str
+        self,
+        parts: Parts,
+        trains: Sequence[str],
+        linear: Sequence[LinearStep],
+        steps: Sequence[int],
+        space: str,
+        ttc: conditioning.Settings | None = None,
     ) -> None:
         super().__init__(parts, trains)
-        self.linear, self.steps, self.space = list(linear), list(steps), space
+        self.linear, self.steps, self.space, self.ttc = list(linear), list(steps), space, ttc
+        self.scores = {} if ttc is None else conditioned.scores(ttc, self.grids, steps)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The sums of ``rollouts.measures`` over the batch's trajectories ``u``, ``<task>/<name>`` and
-        ``<task>/weight``. A task that a batch is without has a trajectory of zeros there, which counts for nothing:
-        every rank takes the same steps and has the same sums."""
+        """The sums of ``rollouts.measures`` and ``conditioned.measures`` over the batch's trajectories ``u``,
+        ``<task>/<name>`` and ``<task>/weight``. A task that a batch is without has a trajectory of zeros there, which
+        counts for nothing: every rank takes the same steps and has the same sums."""
         found: dict[str, Tensor] = {}
         for task, grid in enumerate(self.grids):
             shape = (self.steps[task] + 1, grid.channels, grid.height, grid.width)
@@ -55,6 +63,9 @@ class EvaluationNetwork(PhysicsSystem):
             if not places:
                 u, weight = torch.zeros_like(u), torch.zeros_like(weight)
             values = rollouts.measures(self, u, task, self.linear[task], self.space, periodic=grid.name in ups.PERIODIC)
+            if self.ttc is not None and task in self.scores:
+                own = batch["random"][rows]
+                values |= conditioned.measures(self, u, task, self.ttc, self.scores[task], own, weight)
             found |= {f"{grid.name}/{name}": value for name, value in rollouts.summed(values, weight).items()}
         return found
 
@@ -65,7 +76,8 @@ class EvaluationStage(Stage):
 
     rollout_steps: of ``time_stride`` frames each, or as many as a trajectory has. starts: rollouts from each
     trajectory, the first from its first state. space: "latent" goes on from predicted latents, "field" encodes each
-    predicted field again.
+    predicted field again. ttc: settings of test-time conditioning (``conditioning.Settings``): from every state
+    ``ttc.steps`` steps are predicted once more, as ``nrmse_ttc`` and ``nrmse_physical_ttc``; steady tasks are left out.
     """
 
     trains = ("operator", "decoder")  # a run has to train something; this one can't be trained
@@ -76,9 +88,11 @@ class EvaluationStage(Stage):
         rollout_steps: int = 50,
         starts: int = 1,
         space: str = "latent",
+        ttc: dict[str, Any] | None = None,
         **stage: Any,
     ) -> None:
         super().__init__(**stage)
+        self.ttc = None if ttc is None else conditioning.settings(ttc)
         if space not in rollouts.SPACES:
             raise InputError(f"task.args.space: {space!r} is none of {', '.join(rollouts.SPACES)}")
         self.rollout_steps, self.starts, self.space = rollout_steps, starts, space
@@ -93,7 +107,7 @@ class EvaluationStage(Stage):
     def network(self) -> EvaluationNetwork:
         steps = [self.pairs(*each).steps for each in zip(self.states["train"], self.sets["train"], strict=True)]
         linear = linear_steps(self)
-        network: EvaluationNetwork = self.build(EvaluationNetwork, linear, steps, self.space)
+        network: EvaluationNetwork = self.build(EvaluationNetwork, linear, steps, self.space, self.ttc)
         return network
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
@@ -104,18 +118,21 @@ class EvaluationStage(Stage):
         return sums
 
     def figures(self, sums: dict[str, Any]) -> dict[str, Any]:
-        """``rollouts.figures`` of each task, of several as ``<task>/…``, and their means over tasks."""
+        """``rollouts.figures`` and ``conditioned.figures`` of each task, of several as ``<task>/…``, and their means
+        over the tasks that have them."""
         own = {}
         for number, grid in enumerate(self.grids):
             mine = {name.partition("/")[2]: value for name, value in sums.items() if name.startswith(f"{grid.name}/")}
-            own[grid.name] = rollouts.figures(mine, frame_time(self.sets["train"][number]) * self.stride)
+            dt = frame_time(self.sets["train"][number]) * self.stride
+            own[grid.name] = rollouts.figures(mine, dt) | conditioned.figures(mine)
         if len(own) == 1:
             return next(iter(own.values()))
-        means = {
-            name: sum(figures[name] for figures in own.values()) / len(own)
-            for name, value in next(iter(own.values())).items()
-            if isinstance(value, float)
-        }
+        named: dict[str, list[float]] = {}
+        for figures in own.values():  # not all have all: a steady task is not conditioned
+            for name, value in figures.items():
+                if isinstance(value, float):
+                    named.setdefault(name, []).append(value)
+        means = {name: sum(values) / len(values) for name, values in named.items()}
         return means | {f"{task}/{name}": value for task, figures in own.items() for name, value in figures.items()}
 
     def pictures(self, network: nn.Module, device: torch.device) -> dict[str, Figure]:

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fabric_trainer.errors import InputError
+from fabric_trainer.evaluate import Split, evaluate
 from fabric_trainer.random import SampleRandom
 from models.physics.conditioning import Reward, Scored, Search, Settings, Weights, channel_names, settings
+from models.physics.evaluation import EvaluationNetwork, EvaluationStage
 
 MASS = {"reward": {"mass_field": "u"}}
 LEAK = 0.25
@@ -347,3 +349,83 @@ def test_the_originals_settings_are_taken(test_data):
         assert made.reward.weights.energy == original["reward"]["weights"]["energy"]
         seen += 1
     assert seen >= 8
+
+
+# ---- a system's steps ---------------------------------------------------------------------------------------------
+
+STAGE: dict[str, Any] = {
+    "tasks": ["burgers1d"],
+    "made": {"burgers1d": {"nu": 0.01, "nx": 32, "frames": 7}},
+    "samples": {"train": 6, "val": 2, "test": 5},
+    "encoder": {"tokens": 8, "dim": 8, "patch": 2, "margin": 2},
+    "operator": {"core": {"hidden_dim": 16, "depths": [1, 1], "group_size": 8, "num_heads": 2}},
+    "decoder": {"hidden": 16, "layers": 1, "heads": 2, "mlp": 16},
+}
+WITH_DARCY = {"tasks": ["burgers1d", "darcy2d"], "made": STAGE["made"] | {"darcy2d": {"nx": 8}}}
+WITH_DARCY["encoder"] = {"tokens": 8, "dim": 8, "patch": 2, "margin": 1}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+def prepared(root, ttc: dict[str, Any], **more: Any) -> tuple[EvaluationStage, EvaluationNetwork]:
+    stage = EvaluationStage(**STAGE | more, ttc=MASS | ttc)
+    stage.prepare(root)
+    torch.manual_seed(0)
+    network = stage.network().eval()
+    torch.nn.init.normal_(network.operator.output_norm.weight, std=0.05)
+    return stage, network
+
+
+def measured(fabric, stage: EvaluationStage, network: EvaluationNetwork, size: int = 2) -> dict[str, Any]:
+    return evaluate(fabric, stage, network, Split(fabric, stage, stage.dataset("test"), size))
+
+
+def test_without_noise_the_figures_are_those_of_plain_steps(root, fabric):
+    found = measured(fabric, *prepared(root, {"candidates": 3}))
+    assert found["nrmse_ttc"] == found["nrmse_ttc_plain"] == pytest.approx(found["nrmse"], rel=1e-5)
+    assert found["nrmse_physical_ttc"] == pytest.approx(found["nrmse_physical"], rel=1e-5)
+    assert found["ttc_reward"] == found["ttc_reward_plain"] < 0 and found["ttc_evaluations"] == 3
+
+
+def test_burgers_mass_is_kept_better_and_however_the_split_is_cut(root, fabric):
+    """The equation keeps its mean exactly, the operator doesn't."""
+    stage, network = prepared(root, {"candidates": 8, "sampler": {"noise_std": 1.0}})
+    found = measured(fabric, stage, network)
+    assert found["ttc_reward_plain"] < found["ttc_reward"] <= 0 and found["ttc_evaluations"] == 8
+    assert found["nrmse_ttc"] != found["nrmse_ttc_plain"] == pytest.approx(found["nrmse"], rel=1e-5)
+    for name, value in measured(fabric, stage, network, 5).items():
+        if "ttc" in name:
+            assert value == pytest.approx(found[name], rel=1e-4), name
+    losses = []
+    u = stage.sets["test"][0].tensor()
+    with torch.no_grad():
+        for before in u[:, :-1].flatten(0, 1).split(1):
+            z = network.encode(before, 0)
+            after = network.advance(before, z, network.step(z, 0), 0)
+            losses.append((after.mean() - before.mean()).abs().item())
+    assert found["ttc_reward_plain"] == pytest.approx(-sum(losses) / len(losses), rel=1e-3)
+
+
+def test_steady_tasks_are_left_out(root, fabric):
+    ttc = {"candidates": 2, "steps": 2, "sampler": {"noise_std": 0.5}}
+    found = measured(fabric, *prepared(root, ttc, **WITH_DARCY), 3)
+    assert "darcy2d/nrmse_ttc" not in found and found["ttc_evaluations"] == found["burgers1d/ttc_evaluations"] == 4
+    assert found["nrmse_ttc"] == found["burgers1d/nrmse_ttc"]
+    with pytest.raises(InputError, match=r"^task.args.ttc: darcy2d is steady"):
+        prepared(root, ttc, **WITH_DARCY | {"tasks": ["darcy2d"], "made": {"darcy2d": {"nx": 8}}})
+
+
+@pytest.mark.parametrize(
+    ("ttc", "message"),
+    [
+        ({"reward": {"mass_field": "rho"}}, "mass_field: 'rho' is no channel of burgers1d; there is u (0)"),
+        ({"steps": 9}, "task.args.ttc.steps: 9 are more than the 6 of burgers1d"),
+    ],
+)
+def test_what_a_task_lacks_is_one_line(root, ttc, message):
+    with pytest.raises(InputError) as error:
+        prepared(root, ttc)
+    assert message in str(error.value) and "\n" not in str(error.value)
