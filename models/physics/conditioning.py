@@ -70,7 +70,7 @@ class Reward:
 
 @dataclass(frozen=True)
 class Sampler:
-    """tau_range: of the corrector's taus, uniform; the plain prediction has the middle. noise_std: of the noise, or
+    """tau_range: of the corrector's taus, uniform. noise_std: of the noise, or
     noise_schedule: of each step, the last one from there on. noise_unit: ``latent_change``, the RMS change of latents
     in one step of the task, or ``absolute``, as in the UPS."""
 
@@ -207,7 +207,7 @@ class Search:
 
     step: states (B, ...) -> the predicted next ones. decode: states -> fields (B, C, H, W); always of all rows in
     their order, so that it may hold on to the fields that they started from. correct: a prediction and taus (B,) ->
-    the drift to add. unit: of the noise, with ``noise_unit: latent_change``. random: the samples'. weight: (B,), 0 for
+    the drift to add; tau: of the plain prediction's. unit: of the noise, with ``noise_unit: latent_change``. random: the samples'. weight: (B,), 0 for
     rows that pad; asked for by ``scoring: batch`` alone.
 
     What is drawn depends on the sample, the step and the candidate's number: not on the sequence that leads there, so
@@ -220,6 +220,7 @@ class Search:
     decode: Callable[[Tensor], Tensor]
     random: SampleRandom
     correct: Callable[[Tensor, Tensor], Tensor] | None = None
+    tau: float = 0.5
     unit: Tensor | float = 1.0
     weight: Tensor | None = None
 
@@ -243,8 +244,8 @@ class Search:
         sampler, z = self.settings.sampler, predicted
         if self.correct is not None:
             low, high = sampler.tau_range
-            place = self.random.uniform(f"ttc tau {moment} {number}") if number else wide(z.new_full((len(z),), 0.5))
-            z = z + self.correct(predicted, low + (high - low) * place)
+            taus = low + (high - low) * self.random.uniform(f"ttc tau {moment} {number}")
+            z = z + self.correct(predicted, taus if number else torch.full_like(taus, self.tau))
         if number and (noise := sampler.noise(moment)):
             unit = self.unit if sampler.noise_unit == "latent_change" else 1.0
             z = z + noise * unit * self.random.normal(f"ttc noise {moment} {number}", *z.shape[1:]).to(z.dtype)
