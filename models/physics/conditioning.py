@@ -207,8 +207,8 @@ class Search:
 
     step: states (B, ...) -> the predicted next ones. decode: states -> fields (B, C, H, W); always of all rows in
     their order, so that it may hold on to the fields that they started from. correct: a prediction and taus (B,) ->
-    the drift to add; tau: of the plain prediction's. unit: of the noise, with ``noise_unit: latent_change``. random: the samples'. weight: (B,), 0 for
-    rows that pad; asked for by ``scoring: batch`` alone.
+    the drift to add; tau: of the plain prediction's. unit: of the noise, with ``noise_unit: latent_change``. random:
+    the samples'. weight: (B,), 0 for rows that pad; asked for by ``scoring: batch`` alone.
 
     What is drawn depends on the sample, the step and the candidate's number: not on the sequence that leads there, so
     that the candidates a search looks ahead to are those of the next step.
