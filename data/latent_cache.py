@@ -78,7 +78,8 @@ def ensure(
     encoder: normalised fields (B, C, H, W) to (B, tokens, dim); a copy of it runs on ``device``. configuration: of the
     encoder, as JSON has it; what the weights alone don't tell, such as patches and frequencies. Where there are several
     ranks, the first makes the file and the others find it: call this in ``Task.prepare``. Every call reads the file
-    once, to verify its checksum. Raises InputError where latents are not finite in this precision.
+    once, to verify its checksum. Raises InputError where latents are not finite in this precision, or the folder can't
+    be written.
     """
     if dtype not in DTYPES:
         raise InputError(f"latent_cache_dtype: {dtype!r} is none of {', '.join(DTYPES)}")
@@ -92,7 +93,7 @@ def ensure(
         say(f"{path}: {fault}; making it anew")
     elif others := sorted(other.name for other in folder.glob(f"{fields.name}-*.h5")):
         say(f"{folder}: {', '.join(others)} is of another encoder, configuration or source; making {path.name}")
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     _write(path, key, fields, normaliser, encoder, configuration, dtype, device)
     return Latents(path)
 
@@ -132,6 +133,17 @@ def check(path: Path, key: str) -> str | None:
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         return f"can't be read ({error})"
     return None
+
+
+def _make_folder(folder: Path) -> None:
+    fault = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fault = error.strerror
+    if fault or not os.access(folder, os.W_OK | os.X_OK):
+        why = f" ({fault})" if fault else ""
+        raise InputError(f"latent_cache_dir: can't write to {folder}{why}; data may be read-only, so name another")
 
 
 @torch.no_grad()

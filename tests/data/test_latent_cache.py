@@ -117,6 +117,17 @@ def test_half_precision(tmp_path: Path) -> None:
     assert len(files(tmp_path)) == 1  # nothing half written
 
 
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made(tmp_path)
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(InputError, match=r"latent_cache_dir: can't write to .*cache .*exists"):
+        made()
+    (tmp_path / "cache").unlink()
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(InputError, match=r"latent_cache_dir: can't write to .*cache; data may be read-only"):
+        made()
+
+
 def test_pairs_of_latents_and_fields_in_another_process(tmp_path: Path) -> None:
     made = Made(tmp_path)
     latents = made()
