@@ -102,6 +102,17 @@ def _code(error: BaseException) -> int:
 
 def dry_run(config: Config) -> int:
     """Check the configuration without touching a device or a file; list what this machine lacks for a real run."""
+    problems = examine(config)
+    print("the configuration is valid")
+    if config.batch.micro_batch_size == "auto":
+        print("batch.micro_batch_size auto: found at the start of the run")
+    if problems:
+        print("would stop a real run:", *problems, sep="\n  ")
+    return FINISHED
+
+
+def examine(config: Config) -> list[str]:
+    """What this machine lacks for a real run, a line each. Raises InputError for what no machine could run."""
     from fabric_trainer import strategies
     from fabric_trainer.batch import resolve_accumulate, sizes
     from fabric_trainer.optim import optimizer_classes
@@ -112,12 +123,7 @@ def dry_run(config: Config) -> int:
     problems = strategies.problems(config) + task.missing(data_root(config))
     ranks, auto = strategies.count_devices(config.fabric), config.batch.micro_batch_size == "auto"
     sizes(config.batch, ranks) if auto else resolve_accumulate(config.batch, ranks)
-    print("the configuration is valid")
-    if auto:
-        print("batch.micro_batch_size auto: found at the start of the run")
-    if problems:
-        print("would stop a real run:", *problems, sep="\n  ")
-    return FINISHED
+    return problems
 
 
 def print_strategies() -> int:

@@ -8,30 +8,29 @@ evaluations. Left behind: trials.csv, sweep.png, study.db (Optuna's), and a log 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import math
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from fabric_trainer import command
 from fabric_trainer.config import Config, flatten
-from fabric_trainer.errors import FAILED, FINISHED, INPUT, INTERRUPTED, SMALLER, TRY_AGAIN, InputError
+from fabric_trainer.errors import FAILED, FINISHED, INPUT, SMALLER, TRY_AGAIN, InputError
 from fabric_trainer.history import FILE, read_history
+from tools.children import TRAIN, Stop, locked
 from tools.sweep_plot import state_of, write_csv, write_plot
 from tools.sweep_space import Parameter, parse
 
 if TYPE_CHECKING:
     import optuna
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+TAKEN = "by a sweep, or a trial that a killed one has left running"
 OWN = ("name", "run.root")  # keys that the sweep sets
 PATIENCE = 5  # trials in a row without any use that end the sweep: the next would be the same
 
@@ -75,7 +74,7 @@ def sweep(options: argparse.Namespace, keys: list[str]) -> int:
     config = check(base, parameters)
     folder = Path(config.run.root) / "sweeps" / options.name
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder) as lock, Stop() as stop:
+    with locked(folder, TAKEN) as lock, Stop() as stop:
         study = _open(folder, options, config, parameters)
         failures = 0
         while _count(study) < options.trials and not stop.signal:
@@ -90,7 +89,7 @@ def sweep(options: argparse.Namespace, keys: list[str]) -> int:
                 raise SweepError(f"{PATIENCE} trials in a row failed or were refused: see {log}")
         write_plot(folder / "sweep.png", study, parameters, options.metric)
         _conclude(folder, study, base, options)
-    return {0: FINISHED, signal.SIGINT: INTERRUPTED}.get(stop.signal, TRY_AGAIN)
+    return stop.code
 
 
 def check(base: list[str], parameters: list[Parameter]) -> Config:
@@ -261,53 +260,6 @@ class Trial:
 
     def _last_line(self) -> str:
         return ([line for line in self.log.read_text(errors="replace").splitlines() if line.strip()] or [""])[-1]
-
-
-# ---- stopping -----------------------------------------------------------------------------------------------------
-
-
-class Stop(AbstractContextManager["Stop"]):
-    """Keeps SIGINT, SIGTERM and SIGHUP for the end of the trial, which gets them too; ``signal`` is the last, or 0."""
-
-    SIGNALS = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
-
-    def __init__(self) -> None:
-        self.signal, self._process = 0, None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        self._before = {number: signal.signal(number, self._came) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @contextmanager
-    def passed_on_to(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
-        self._process = process
-        if self.signal:  # it came while the process began
-            process.send_signal(self.SIGNALS[self.signal])
-        try:
-            yield
-        finally:
-            self._process = None
-
-    def _came(self, number: int, _: object) -> None:
-        self.signal = signal.Signals(number)
-        if self._process is not None:
-            self._process.send_signal(self.SIGNALS[self.signal])
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[IO[str]]:
-    """Raises InputError where somebody else has it."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder} is in use: by a sweep, or a trial that a killed one has left running") from None
-        yield lock
 
 
 def _conclude(folder: Path, study: optuna.Study, base: list[str], options: argparse.Namespace) -> None:

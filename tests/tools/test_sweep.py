@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from fabric_trainer.errors import InputError
 from fabric_trainer.history import read_history
 from tools import sweep
+from tools.children import locked
 from tools.sweep_plot import draw
 from tools.sweep_space import parse
 
@@ -252,7 +253,7 @@ def test_interrupted_and_continued_is_not_interrupted(home, capsys, monkeypatch)
 def test_one_at_a_time_and_the_other_end(home, capsys):
     folder = home / "runs/sweeps/a"
     folder.mkdir(parents=True)
-    with sweep._locked(folder):
+    with locked(folder, sweep.TAKEN):
         assert run("a", 1) == 2
     assert "runs/sweeps/a is in use" in capsys.readouterr().err
     assert run("a", 1, "--mode", "max") == 0
