@@ -32,13 +32,19 @@ class Pairs(Dataset[Batch]):
     Of a trajectory's every ``time_stride``-th frame, L in all, pairs start at 0 .. L - 1 - horizon. ``states`` by name:
     {"z": latents, "u": fields} gives z0, z1, u0, u1, each (B, …), and with a horizon above 1 z_future and u_future
     (B, horizon - 1, …), the states after z1. All have the same trajectories and frames. A steady task's two frames are
-    one pair, whatever the stride.
+    one pair, whatever the stride. last: the second state of every pair is the trajectory's last frame instead.
 
     Raises InputError where a trajectory is too short, naming the keys.
     """
 
     def __init__(
-        self, states: Mapping[str, States], time_stride: int = 1, horizon: int = 1, steady: bool = False, name: str = ""
+        self,
+        states: Mapping[str, States],
+        time_stride: int = 1,
+        horizon: int = 1,
+        steady: bool = False,
+        name: str = "",
+        last: bool = False,
     ) -> None:
         if time_stride < 1 or horizon < 1:
             raise InputError(f"task.args: needs {time_stride=} and {horizon=} of at least 1")
@@ -55,6 +61,7 @@ class Pairs(Dataset[Batch]):
             raise InputError(
                 f"{name or 'the data'}: {frames} frames are {seen} states at {steps}; a pair needs {horizon + 1}"
             )
+        self.last = frames - 1 if last else None
         self.length = trajectories * self.starts
 
     def __len__(self) -> int:
@@ -66,10 +73,11 @@ class Pairs(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         index = np.asarray(indices, np.int64)
         trajectory, frame = index // self.starts, index % self.starts * self.stride
+        then = frame + self.stride if self.last is None else np.full_like(frame, self.last)
         batch: Batch = {}
         for name, values in self.states.items():
             batch[f"{name}0"] = values[trajectory, frame]
-            batch[f"{name}1"] = values[trajectory, frame + self.stride]
+            batch[f"{name}1"] = values[trajectory, then]
             if self.horizon > 1:
                 later = frame[:, None] + self.stride * np.arange(2, self.horizon + 1)
                 batch[f"{name}_future"] = values[trajectory[:, None], later]

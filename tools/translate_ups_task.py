@@ -168,7 +168,7 @@ def tau(value: Any, asked: Asked) -> Said:
 
 def taus(value: int, asked: Asked) -> Said:
     schedule = asked.own("tau_schedule")
-    return f"{schedule} stands in its place" if asked.get(schedule) else {"task.args.num_taus": value}
+    return f"{schedule} stands in its place" if asked.get(schedule) else {"task.args.tau_schedule": [value]}
 
 
 # ---- evaluation and test-time conditioning --------------------------------------------------------------------------

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fabric_trainer.errors import InputError
-from fabric_trainer.task import Batch, Loss
+from fabric_trainer.task import Batch
 from models.physics import losses, priors
 from models.physics.draws import at_points, query_points
 from models.physics.stage import Stage
@@ -237,35 +236,5 @@ class OperatorStage(Stage):
         return batch
 
     def weights(self, epoch: float) -> dict[str, float]:
-        """Of every loss that counts in an epoch."""
         grown = {name: losses.curriculum_weight(epoch, base, **self.inverse) for name, base in self.growing.items()}
         return {name: weight for name, weight in (self.constant | grown).items() if weight}
-
-    def loss(self, network: nn.Module, batch: Batch) -> Loss:
-        weights = self.weights(batch["random"].epoch)
-        rows = network(batch, tuple(weights))
-        untouched = rows.pop("untouched", 0.0)
-        sums = {f"{name}_loss": (rows[name] * batch["weight"]).sum() for name in weights}
-        total = sum(weight * sums[f"{name}_loss"] for name, weight in weights.items()) + untouched
-        squares = {name: rows[name] for name in ("latent", "latent_error")}
-        logs = {name: value for name, value in self.sums(batch, squares).items() if not name.endswith("/weight")}
-        return Loss(total, sums | logs)
-
-    def evaluate(self, network: nn.Module, batch: Batch, meters: dict[str, Any]) -> dict[str, Tensor]:
-        weights = self.weights(math.inf)
-        rows = network(batch, tuple(weights), measured=True)
-        of_losses = {f"{name}_loss": (rows.pop(name) * batch["weight"]).sum() for name in weights}
-        total = sum(weight * of_losses[f"{name}_loss"] for name, weight in weights.items())
-        return {"loss": total, **of_losses, "weight": batch["weight"].sum(), **self.sums(batch, rows)}
-
-    def predict(self, network: nn.Module, batch: Batch) -> dict[str, Tensor | list[str]]:
-        """``u1``: (B, C, H, W), the fields after the step, in their units, at the grid points. Of several tasks
-        ``task`` too, places in ``tasks``; where their grids differ, rows of u1 are flat, with zeros behind."""
-        asked = {name: batch[name] for name in (("u0",) if len(self.grids) == 1 else ("u0", "task"))}
-        found: dict[str, Tensor | list[str]] = {"u1": network(asked)["u1"]}
-        return found | {name: value for name, value in asked.items() if name == "task"}
-
-    def figures(self, sums: dict[str, Any]) -> dict[str, float]:
-        """``loss``, the mean of every loss, and those of ``nrmses``."""
-        means = {name: value / sums["weight"] for name, value in sums.items() if "/" not in name and name != "weight"}
-        return means | self.nrmses(sums)

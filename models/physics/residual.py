@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -48,3 +50,22 @@ def told(z: Tensor, level: Tensor | float, cond: Tensor | None, width: int) -> l
     if cond is not None:
         beside.append(cond.to(z.dtype)[:, None].expand(batch, tokens, width))
     return beside
+
+
+# ---- levels between a prediction and the truth --------------------------------------------------------------------
+
+
+def bridged(z1: Tensor, predicted: Tensor, tau: Tensor, noise: Tensor) -> Tensor:
+    """A state on the way from the truth, at tau = 0, to the prediction with noise, at tau = 1:
+    (1 - tau) z1 + tau (predicted + noise). Inversion by direct iteration, arXiv 2303.11435. (B, T, D) three times,
+    tau (B,) -> (B, T, D)."""
+    return torch.lerp(z1, predicted + noise, tau.to(z1.dtype).view(-1, 1, 1))
+
+
+def refined(drift: Callable[[Tensor, float], Tensor], z: Tensor, calls: int, tau: float = 1.0) -> Tensor:
+    """A prediction z brought from level tau to level 0 in ``calls`` equal steps from t to t':
+    z <- (1 - t' / t) (z + d(z, t)) + (t' / t) z, where z + d(z, t) is what the drift takes for the truth (same paper,
+    algorithm 1). One call is z + d(z, tau)."""
+    for left in range(calls, 0, -1):
+        z = z + drift(z, tau * left / calls) / left  # 1 - t' / t = 1 / left
+    return z

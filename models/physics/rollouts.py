@@ -70,9 +70,9 @@ def rollout(
 
     space: ``latent`` goes on from each predicted latent state, as the Universal Physics Stack does, and decodes each:
     u0 + D(z_k) - D(z_0), what single steps add up to. ``field`` encodes each predicted field again. step: from latent
-    state to latent state; the system's own, ``system.step``, when None.
+    state to latent state; the system's own, ``system.ahead``, when None.
     """
-    ahead = step or (lambda z: system.step(z, task))
+    ahead = step or (lambda z: system.ahead(z, task))
     z = system.encode(u0, task)
     if space == "field":
         u = u0
@@ -141,7 +141,7 @@ def _guesses(
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """For every step of the trajectories, fields that should be the next state, and latents, as ``measures`` names
     them."""
-    ahead, steady = step or (lambda z: system.step(z, task)), system.grids[task].steady
+    ahead, steady = step or (lambda z: system.ahead(z, task)), system.grids[task].steady
     first, steps = u[:, 0], u.shape[1] - 1
     still = system.normalisers[system.names[task]].inverse(torch.zeros_like(first), 1) if steady else first
     z = system.encode(first, task)

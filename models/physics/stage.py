@@ -21,7 +21,7 @@ from data.sets import Source
 from fabric_trainer.errors import InputError
 from fabric_trainer.order import Plan
 from fabric_trainer.portable import check_names
-from fabric_trainer.task import Batch, Task
+from fabric_trainer.task import Batch, Loss, Task
 from models.physics import symmetries as symmetry
 from models.physics import weights
 from models.physics.decoder import AnyPointDecoder
@@ -65,6 +65,8 @@ class Stage(Task):
 
     trains: tuple[str, ...] = ()
     """The parts of the system that this stage trains."""
+    compared: tuple[str, ...] = ()
+    """Other predictions that are measured beside the stage's own, such as the operator's alone."""
 
     def __init__(
         self,
@@ -280,7 +282,42 @@ class Stage(Task):
     def blocks(self, network: nn.Module) -> Iterable[nn.Module]:
         return [module for module in network.modules() if isinstance(module, UNetLayer | StackLayer)]
 
+    # ---- training ---------------------------------------------------------------------------------------------
+
+    def weights(self, epoch: float) -> dict[str, float]:
+        """Of every loss that counts in an epoch, by name: what the network's ``forward`` is asked for."""
+        raise NotImplementedError(f"{type(self).__name__} must define weights(epoch)")
+
+    def loss(self, network: nn.Module, batch: Batch) -> Loss:
+        weights = self.weights(batch["random"].epoch)
+        rows = network(batch, tuple(weights))
+        untouched = rows.pop("untouched", 0.0)
+        sums = {f"{name}_loss": (rows[name] * batch["weight"]).sum() for name in weights}
+        total = sum(weight * sums[f"{name}_loss"] for name, weight in weights.items()) + untouched
+        squares = {name: rows[name] for name in ("latent", "latent_error")}
+        logs = {name: value for name, value in self.sums(batch, squares).items() if not name.endswith("/weight")}
+        return Loss(total, sums | logs)
+
+    def evaluate(self, network: nn.Module, batch: Batch, meters: dict[str, Any]) -> dict[str, Tensor]:
+        weights = self.weights(math.inf)
+        rows = network(batch, tuple(weights), measured=True)
+        of_losses = {f"{name}_loss": (rows.pop(name) * batch["weight"]).sum() for name in weights}
+        total = sum(weight * of_losses[f"{name}_loss"] for name, weight in weights.items())
+        return {"loss": total, **of_losses, "weight": batch["weight"].sum(), **self.sums(batch, rows)}
+
+    def predict(self, network: nn.Module, batch: Batch) -> dict[str, Tensor | list[str]]:
+        """``u1``: (B, C, H, W), the fields after the step, in their units, at the grid points. Of several tasks
+        ``task`` too, places in ``tasks``; where their grids differ, rows of u1 are flat, with zeros behind."""
+        asked = {name: batch[name] for name in (("u0",) if len(self.grids) == 1 else ("u0", "task"))}
+        found: dict[str, Tensor | list[str]] = {"u1": network(asked)["u1"]}
+        return found | {name: value for name, value in asked.items() if name == "task"}
+
     # ---- figures ----------------------------------------------------------------------------------------------
+
+    def figures(self, sums: dict[str, Any]) -> dict[str, float]:
+        """``loss``, the mean of every loss, and those of ``nrmses``."""
+        means = {name: value / sums["weight"] for name, value in sums.items() if "/" not in name and name != "weight"}
+        return means | self.nrmses(sums)
 
     def pictures(self, network: nn.Module, device: torch.device) -> dict[str, Figure]:
         """Of every task a rollout beside the truth, and how its error and its spectrum go."""
@@ -310,22 +347,25 @@ class Stage(Task):
     def nrmses(self, sums: Mapping[str, float]) -> dict[str, float]:
         """From the sums of ``PhysicsSystem.measure``'s rows, ``nrmse`` of latents and ``nrmse_physical`` of fields;
         ``…_persistence``: of predicting no change, ``…_floor``: of decoding the true latents, ``…_ratio``: to
-        persistence. Of several tasks ``<task>/…`` each; latents count alike whatever their task, of fields the mean
-        over tasks is taken.
+        persistence, and ``…_<name>`` of each of ``compared``. Of several tasks ``<task>/…`` each; latents count alike
+        whatever their task, of fields the mean over tasks is taken.
 
         NRMSE = sqrt(mean of squared errors) / (sqrt(mean of squares) + 1e-8), over the whole split.
         """
-        own = {grid.name: _nrmses(lambda name, task=grid.name: sums[f"{task}/{name}"]) for grid in self.grids}
+        own = {
+            grid.name: _nrmses(lambda name, task=grid.name: sums[f"{task}/{name}"], self.compared)
+            for grid in self.grids
+        }
         if len(own) == 1:
             return next(iter(own.values()))
-        overall = _nrmses(lambda name: sum(sums[f"{task}/{name}"] for task in own))
+        overall = _nrmses(lambda name: sum(sums[f"{task}/{name}"] for task in own), self.compared)
         physical = [name for name in overall if name.startswith("nrmse_physical")]
         means = {name: sum(figures[name] for figures in own.values()) / len(own) for name in physical}
         by_task = {f"{task}/{name}": value for task, figures in own.items() for name, value in figures.items()}
         return overall | means | by_task
 
 
-def _nrmses(sum_of: Callable[[str], float]) -> dict[str, float]:
+def _nrmses(sum_of: Callable[[str], float], compared: Sequence[str]) -> dict[str, float]:
     figures: dict[str, float] = {}
     n = sum_of("weight")
 
@@ -335,6 +375,7 @@ def _nrmses(sum_of: Callable[[str], float]) -> dict[str, float]:
     for truth, name in (("latent", "nrmse"), ("field", "nrmse_physical")):
         error, persistence = nrmse(f"{truth}_error", truth), nrmse(f"{truth}_persistence", truth)
         figures |= {name: error, f"{name}_persistence": persistence, f"{name}_ratio": error / (persistence + EPS)}
+        figures |= {f"{name}_{other}": nrmse(f"{truth}_{other}", truth) for other in compared}
     return figures | {"nrmse_physical_floor": nrmse("field_floor", "field")}
 
 

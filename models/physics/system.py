@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from models.physics.draws import at_points
 from models.physics.encoder import GridEncoder
 from models.physics.operator import LatentOperator
 from models.physics.prior import SteadyPrior
-from models.physics.residual import DiffusionResidual
+from models.physics.residual import DiffusionResidual, refined
 
 PARTS = ("encoders", "operator", "decoder", "corrector", "prior")
 
@@ -118,6 +119,26 @@ class PhysicsSystem(nn.Module):
             return moved
         return z + self.reach * self.latent_change[task].reshape(-1, 1, 1) * (moved - z)
 
+    def drift(self, z: Tensor, tau: Tensor | float, task: Tensor | int) -> Tensor:
+        """What the corrector adds to latents z (B, T, D) at levels tau, a number or (B,); with a ``reach`` in units of
+        the task's RMS change, where the net's own numbers are about 1."""
+        assert self.corrector is not None
+        return self.corrector(z, tau) * self.unit(task)
+
+    def corrected(self, z: Tensor, task: Tensor | int, calls: int = 1, tau: float = 1.0) -> Tensor:
+        """A predicted state after ``calls`` calls of the corrector, from level tau down: (B, T, D) -> (B, T, D)."""
+        return refined(partial(self.drift, task=task), z, calls, tau)
+
+    def ahead(self, z: Tensor, task: Tensor | int) -> Tensor:
+        """The next state as the stage predicts it: here what the operator says."""
+        return self.step(z, task)
+
+    def unit(self, task: Tensor | int) -> Tensor:
+        """Of drifts and of what their losses are measured in, (B, 1, 1) or of one task (1, 1, 1): the task's RMS
+        change with a ``reach``, else 1."""
+        change = self.latent_change[task].reshape(-1, 1, 1)
+        return torch.ones_like(change) if self.reach is None else change
+
     def read(self, z: Tensor, task: int, points: Tensor | None = None) -> Tensor:
         """The decoder's normalised fields at points numbered row by row, int64 (B, Q), or at all: (B, T, D) ->
         (B, Q, C)."""
@@ -188,7 +209,7 @@ class PhysicsSystem(nn.Module):
         given = [self.fields(batch, "u0", task, slice(None)) for task in tasks]
         if len(given) == 1:
             z0 = self.encode(given[0], 0)
-            return self.advance(given[0], z0, self.step(z0, 0), 0)
+            return self.advance(given[0], z0, self.ahead(z0, 0), 0)
 
         def own(values: Sequence[Tensor]) -> Tensor:
             """Of each row what its task's values are."""
@@ -199,17 +220,21 @@ class PhysicsSystem(nn.Module):
             return chosen
 
         z0 = own([self.encode(fields, task) for task, fields in enumerate(given)])
-        z1, wide = self.step(z0, batch["task"]), u0.flatten(1).shape[1]
+        z1, wide = self.ahead(z0, batch["task"]), u0.flatten(1).shape[1]
         found = [self.advance(fields, z0, z1, task).flatten(1) for task, fields in enumerate(given)]
         return own([F.pad(values, (0, wide - values.shape[1])) for values in found]).view_as(u0)
 
-    def measure(self, batch: dict[str, Any], z0: Tensor, z1: Tensor, z1_true: Tensor) -> dict[str, Tensor]:
+    def measure(
+        self, batch: dict[str, Any], z0: Tensor, z1: Tensor, z1_true: Tensor, **others: Tensor
+    ) -> dict[str, Tensor]:
         """Mean squares of each row, (B,) float32 at least: of latents and fields after the step and of their errors,
         predicted and by ``persistence``; ``field_floor`` is the error where the decoder is given the true latents.
 
-        Persistence predicts no change; for the solution of a steady task, the training solutions' mean.
+        Persistence predicts no change; for the solution of a steady task, the training solutions' mean. others: further
+        predictions of z1, by name: ``latent_<name>`` and ``field_<name>`` are their errors.
         """
         squares = {"latent": z1_true, "latent_error": z1 - z1_true, "latent_persistence": z0 - z1_true}
+        squares |= {f"latent_{name}": other - z1_true for name, other in others.items()}
         found = {name: mean_square(value) for name, value in squares.items()}
         pieces: dict[str, list[tuple[Tensor | slice, Tensor]]] = {}
         for task, rows in self.groups(batch):
@@ -222,6 +247,8 @@ class PhysicsSystem(nn.Module):
                 "field_persistence": (still if self.grids[task].steady else u0) - u1,
                 "field_floor": self.advance(u0, z, z1_true[rows], task) - u1,
             }
+            for name, other in others.items():
+                errors[f"field_{name}"] = self.advance(u0, z, other[rows], task) - u1
             for name, value in errors.items():
                 pieces.setdefault(name, []).append((rows, mean_square(value)))
         return found | {name: joined(each) for name, each in pieces.items()}
