@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,11 +34,19 @@ def scores(settings: Settings, grids: Sequence[Grid], steps: Sequence[int]) -> d
 
 
 def measures(
-    system: PhysicsSystem, u: Tensor, task: int, settings: Settings, score: Scored, random: SampleRandom, weight: Tensor
+    system: PhysicsSystem,
+    u: Tensor,
+    task: int,
+    settings: Settings,
+    score: Scored,
+    random: SampleRandom,
+    weight: Tensor,
+    tau: float | None = None,
 ) -> dict[str, Tensor]:
     """Of trajectories u (B, K + 1, C, H, W), from every state that has ``steps`` more behind it: mean squares of the
     latents and fields of these steps and of their errors, conditioned and plain, the rewards, and the candidates
     decoded per start; (B,) each, means over the starts. random: the trajectories'. weight: (B,), as ``Search`` has it.
+    tau: of the corrector, for the plain prediction; None: there is no corrector.
     """
     starts = u.shape[1] - settings.steps
     z_true = torch.stack([system.encode(states, task) for states in u.unbind(1)], 1)
@@ -54,6 +63,8 @@ def measures(
             step=lambda z: system.step(z, task),
             decode=fields,
             random=SampleRandom(random.seed, random.epoch, random.index * starts + k),
+            correct=None if tau is None else partial(system.drift, task=task),
+            tau=0.0 if tau is None else tau,
             unit=system.latent_change[task],
             weight=weight,
         )

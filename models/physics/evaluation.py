@@ -32,8 +32,9 @@ FRAMES = 4  # states of a plane that a picture shows
 class EvaluationNetwork(PhysicsSystem):
     """The system, with what is measured along rollouts as ``forward``.
 
-    linear: each task's. steps: of each task's rollouts. space: of ``rollouts.SPACES``. ttc: of test-time conditioning;
-    InputError where the tasks lack what it names.
+    linear: each task's. steps: of each task's rollouts. space: of ``rollouts.SPACES``. tau: level at which the
+    corrector is called once in every step, where there is one; None: never. ttc: of test-time conditioning; InputError
+    where the tasks lack what it names.
     """
 
     def __init__(
@@ -43,11 +44,17 @@ class EvaluationNetwork(PhysicsSystem):
         linear: Sequence[LinearStep],
         steps: Sequence[int],
         space: str,
+        tau: float | None = None,
         ttc: conditioning.Settings | None = None,
     ) -> None:
         super().__init__(parts, trains)
         self.linear, self.steps, self.space, self.ttc = list(linear), list(steps), space, ttc
+        self.tau = None if self.corrector is None else tau
         self.scores = {} if ttc is None else conditioned.scores(ttc, self.grids, steps)
+
+    def ahead(self, z: Tensor, task: Tensor | int) -> Tensor:
+        z1 = self.step(z, task)
+        return z1 if self.tau is None else self.corrected(z1, task, tau=self.tau)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The sums of ``rollouts.measures`` and ``conditioned.measures`` over the batch's trajectories ``u``,
@@ -65,7 +72,7 @@ class EvaluationNetwork(PhysicsSystem):
             values = rollouts.measures(self, u, task, self.linear[task], self.space, periodic=grid.name in ups.PERIODIC)
             if self.ttc is not None and task in self.scores:
                 own = batch["random"][rows]
-                values |= conditioned.measures(self, u, task, self.ttc, self.scores[task], own, weight)
+                values |= conditioned.measures(self, u, task, self.ttc, self.scores[task], own, weight, self.tau)
             found |= {f"{grid.name}/{name}": value for name, value in rollouts.summed(values, weight).items()}
         return found
 
@@ -76,8 +83,10 @@ class EvaluationStage(Stage):
 
     rollout_steps: of ``time_stride`` frames each, or as many as a trajectory has. starts: rollouts from each
     trajectory, the first from its first state. space: "latent" goes on from predicted latents, "field" encodes each
-    predicted field again. ttc: settings of test-time conditioning (``conditioning.Settings``): from every state
-    ``ttc.steps`` steps are predicted once more, as ``nrmse_ttc`` and ``nrmse_physical_ttc``; steady tasks are left out.
+    predicted field again. corrector_tau: level at which the corrector, where the file has one, corrects every step in
+    one call: 1, or 0.5 where it was trained in the original's form; null leaves it out. ttc: settings of test-time
+    conditioning (``conditioning.Settings``): from every state ``ttc.steps`` steps are predicted once more, as
+    ``nrmse_ttc`` and ``nrmse_physical_ttc``; steady tasks are left out.
     """
 
     trains = ("operator", "decoder")  # a run has to train something; this one can't be trained
@@ -88,6 +97,7 @@ class EvaluationStage(Stage):
         rollout_steps: int = 50,
         starts: int = 1,
         space: str = "latent",
+        corrector_tau: float | None = 1.0,
         ttc: dict[str, Any] | None = None,
         **stage: Any,
     ) -> None:
@@ -95,7 +105,9 @@ class EvaluationStage(Stage):
         self.ttc = None if ttc is None else conditioning.settings(ttc)
         if space not in rollouts.SPACES:
             raise InputError(f"task.args.space: {space!r} is none of {', '.join(rollouts.SPACES)}")
-        self.rollout_steps, self.starts, self.space = rollout_steps, starts, space
+        if corrector_tau is not None and not 0 <= corrector_tau <= 1:
+            raise InputError(f"task.args.corrector_tau: must be within 0 and 1, or null, not {corrector_tau}")
+        self.rollout_steps, self.starts, self.space, self.tau = rollout_steps, starts, space, corrector_tau
         self.val_every = 1  # every trajectory counts
 
     def _states(self, folder: Path | None, *parts: Any) -> dict[str, States]:
@@ -107,7 +119,7 @@ class EvaluationStage(Stage):
     def network(self) -> EvaluationNetwork:
         steps = [self.pairs(*each).steps for each in zip(self.states["train"], self.sets["train"], strict=True)]
         linear = linear_steps(self)
-        network: EvaluationNetwork = self.build(EvaluationNetwork, linear, steps, self.space, self.ttc)
+        network: EvaluationNetwork = self.build(EvaluationNetwork, linear, steps, self.space, self.tau, self.ttc)
         return network
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:

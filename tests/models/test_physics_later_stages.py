@@ -17,7 +17,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from fabric_trainer import Config, fit
-from fabric_trainer.checkpoint import load
+from fabric_trainer.checkpoint import load, write
 from fabric_trainer.config import BatchConfig, CheckpointConfig, EmaConfig, EvaluateConfig, OptimConfig, RunConfig
 from fabric_trainer.errors import InputError
 from fabric_trainer.evaluate import Split, evaluate
@@ -26,6 +26,7 @@ from fabric_trainer.state import State
 from fabric_trainer.window import MicroBatches
 from models.physics import losses
 from models.physics.distill_stage import DistillStage
+from models.physics.evaluation import EvaluationStage
 from models.physics.operator_stage import OperatorStage
 from models.physics.prior_stage import PriorStage
 from models.physics.residual import DiffusionResidual, bridged, refined
@@ -267,6 +268,51 @@ def test_what_is_predicted_is_what_is_measured(trained):
             error = network(batch, tuple(task.weights(0)), measured=True)["field_error"]
             u1 = task.predict(network, batch)["u1"]
         torch.testing.assert_close((u1 - batch["u1"]).pow(2).mean((1, 2, 3)), error, rtol=1e-4, atol=1e-9)
+
+
+def test_evaluation_measures_corrected_steps(trained):
+    """From the residual stage's file the last stage finds that stage's figures, and beside them the operator's."""
+    ttc = {"candidates": 2, "sampler": {"noise_std": 0.01}, "reward": {"mass_field": "u"}}
+    found = []
+    for tau in (1.0, None):
+        task = made(EvaluationStage, trained.root, trained.files["residual"], corrector_tau=tau, ttc=ttc)
+        network = trained.fabric.setup(task.network())
+        found.append(evaluate(trained.fabric, task, network, Split(trained.fabric, task, task.dataset("val"), 6)))
+    corrected, plain = found
+    for name in ("nrmse", "nrmse_physical"):
+        assert corrected[name] == pytest.approx(trained.figures["residual"][name], rel=1e-4)
+        assert plain[name] == pytest.approx(trained.figures["residual"][f"{name}_operator"], rel=1e-4)
+    for figures in found:
+        assert figures["nrmse_ttc_plain"] == pytest.approx(figures["nrmse"], rel=1e-4)
+        assert figures["nrmse_ttc"] != figures["nrmse_ttc_plain"]
+
+
+TWO: dict[str, Any] = SYSTEM | {
+    "tasks": ["burgers1d", "darcy2d"],
+    "made": SYSTEM["made"] | {"darcy2d": {"nx": 8}},
+    "encoder": {"tokens": 8, "dim": 8, "patch": 2, "margin": 1},
+    "samples": {"train": 3, "val": 2},
+}
+
+
+@pytest.mark.parametrize("kind", [ResidualStage, DistillStage, PriorStage])
+def test_rows_of_two_tasks_are_as_each_alone(trained, tmp_path, kind):
+    """Whatever the other rows of a batch are, and steady tasks beside ones with a time."""
+    start = None
+    if kind is DistillStage:
+        start = tmp_path / "residual.pt"
+        network = away(made(ResidualStage, trained.root, **TWO).network())
+        write(start, {"format": 1, "model": network.state_dict(), "ema": {}, "counters": {}, "config": {}})
+    task = made(kind, trained.root, start, **TWO)
+    network, first_of_darcy = away(task.network()).eval(), task.dataset("train").sizes[0]
+    rows, terms = [2, first_of_darcy + 1, 5, first_of_darcy], tuple(task.weights(0))
+    together = network(batch_of(task, rows), terms, measured=True)
+    for place, index in enumerate(rows):
+        for name, value in network(batch_of(task, [index]), terms, measured=True).items():
+            torch.testing.assert_close(together[name][place], value[0], rtol=1e-4, atol=1e-6)
+    sums = {name: value.item() for name, value in task.evaluate(network, batch_of(task, rows), {}).items()}
+    figures = task.figures(sums)
+    assert {"darcy2d/nrmse", *(f"burgers1d/nrmse_{name}" for name in task.compared)} <= figures.keys()
 
 
 # ---- runs ---------------------------------------------------------------------------------------------------------
