@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.generated import Datasets
-from data.generated import ensure as ensure
 from data.waves import centres, initial_condition
 
 Array = NDArray[np.float64]

@@ -19,7 +19,6 @@ from scipy.sparse import diags
 from scipy.sparse.linalg import splu
 
 from data.generated import Datasets
-from data.generated import ensure as ensure
 from data.waves import centres
 
 Array = NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""Reader of PDEBench's HDF5 layout: ``read`` for lines, whole; ``fields`` for lines and planes, as they are asked for.
+"""Reader of PDEBench's HDF5 layout, on lines and planes.
 
 ``tensor`` (N, T, X), (N, T, H, W) or (N, T, H, W, C) with ``x-coordinate``, on planes ``y-coordinate``, and
 ``t-coordinate``; a system may have a dataset per channel. Darcy flow has ``nu`` (N, H, W), the permeability that is
@@ -9,54 +9,12 @@ given, and ``tensor`` (N, 1, H, W), the solution. Some sets have a group per tra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
-import numpy as np
-from numpy.typing import NDArray
 
 from data.fields import MOST_CHANNELS, Fields, Stored, arranged_shape, centres, contents, coordinate, groups, opened
 from fabric_trainer.errors import InputError
-
-
-@dataclass(frozen=True)
-class Trajectories:
-    """One-dimensional fields over time.
-
-    u: float32 (N, T, X). x: float32 (X,), cell centres. t: float32 (T,), the times of the frames.
-    attributes: the file's own, such as ``Nu``.
-    """
-
-    u: NDArray[np.float32]
-    x: NDArray[np.float32]
-    t: NDArray[np.float32]
-    attributes: dict[str, object]
-
-
-def read(path: Path, dataset: str = "tensor", samples: int | None = None) -> Trajectories:
-    """The first ``samples`` trajectories of a file, or all.
-
-    The dataset is named, never guessed: the largest one of a PDEBench file may be an input field. InputError for a
-    missing file, and for one that is no HDF5, lacks a dataset or holds another shape.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected PDEBench HDF5 with a dataset '{dataset}'")
-    with opened(path) as file:
-        for name in (dataset, "x-coordinate", "t-coordinate"):
-            if not isinstance(file.get(name), h5py.Dataset):
-                raise InputError(f"{path}: expected a dataset '{name}', found {contents(file)}")
-        stored, x, t = file[dataset], file["x-coordinate"][:], file["t-coordinate"][:]
-        # t may be one longer than the frames: PDEBench writes the end of the last interval too
-        fits = stored.ndim == 3 and stored.shape[2] == len(x) and stored.shape[1] in (len(t), len(t) - 1)
-        if not fits:
-            raise InputError(
-                f"{path}: expected '{dataset}' of shape (samples, times, {len(x)}) with {len(t)} or {len(t) - 1} "
-                f"times, found {contents(file)}"
-            )
-        u = stored[:samples].astype(np.float32, copy=False)
-        return Trajectories(u, x.astype(np.float32), t[: u.shape[1]].astype(np.float32), dict(file.attrs))
 
 
 def fields(path: Path, datasets: str | Sequence[str] = "tensor", given: str | None = None) -> Fields:

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from scipy.fft import dctn, idctn
 
 from data.generated import Datasets
-from data.generated import ensure as ensure
 
 Array = NDArray[np.float64]
 

@@ -36,7 +36,7 @@ DEFAULT_CONFIG = "configs/burgers.yaml"
 class TaskConfig:
     """What to train."""
 
-    path: str = "models.physics.task.BurgersOperator"
+    path: str = "models.physics.operator_stage.OperatorStage"
     """Import path of a fabric_trainer.Task."""
     args: dict[str, Any] = field(default_factory=dict)
     """Its arguments; an unknown one is an error."""

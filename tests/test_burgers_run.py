@@ -45,7 +45,7 @@ def test_the_miniature_learns_and_reports(home, capsys):
     assert final["val/nrmse_physical_floor"] < final["val/nrmse_physical_persistence"]
     page = (home / "runs/tiny/report.html").read_text()
     assert page.count("<img") + page.count("<svg") >= 5 and list((home / "runs/tiny/pictures").glob("*.png"))
-    assert list((home / "data" / "burgers").glob("*.hdf5")), "data goes below the data root"
+    assert list((home / "data" / "burgers1d").glob("*.hdf5")), "data goes below the data root"
 
 
 def test_wrong_files_get_one_line(home, capsys):
@@ -54,23 +54,25 @@ def test_wrong_files_get_one_line(home, capsys):
     for files, says in (
         ("{train: odd.hdf5, val: odd.hdf5}", "odd.hdf5: expected a dataset 'tensor', found 'nu' (1, 1)"),
         ("{train: none.hdf5, val: odd.hdf5}", "none.hdf5: no such file"),
-        ("{train: odd.hdf5}", "files must name train and val"),
+        ("{train: odd.hdf5}", "task.args.files.burgers1d: needs a file for val"),
     ):
-        assert tiny(f"--task.args.files={files}") == 2
+        assert tiny("--task.args.made=null", f"--task.args.files={{burgers1d: {files}}}") == 2
         line = capsys.readouterr().err
         assert line.startswith("error: ") and line.count("\n") == 1 and says in line
-    assert tiny("--dry_run", "--task.args.files={train: none.hdf5, val: odd.hdf5}") == 0
+    files = "{burgers1d: {train: none.hdf5, val: odd.hdf5}}"
+    assert tiny("--dry_run", "--task.args.made=null", f"--task.args.files={files}") == 0
     out = capsys.readouterr().out
-    assert "would stop a real run" in out and "none.hdf5 (train) is not there" in out and "odd.hdf5" not in out
+    assert "would stop a real run" in out and "burgers1d.train: there is no file none.hdf5" in out
+    assert "odd.hdf5" not in out
 
 
 def test_real_pdebench_data(home, capsys, test_data):
     path = test_data / "data" / "pde" / "pdebench_layout" / "1D_Burgers_Sols_Nu0.01_n16.hdf5"
     with h5py.File(path) as file:
         cells = file["tensor"].shape[2]
-    arguments = [f"--task.args.files={{train: {path}, val: {path}}}", "--task.args.queries=1", "--run.max_steps=10"]
-    arguments += [f"--task.args.tokens={cells // 2}", "--task.args.margin=2", "--schedule.warmup=0"]
-    assert tiny("--name", "real", *arguments) == 0
+    arguments = [f"--task.args.files={{burgers1d: {{train: {path}, val: {path}}}}}", "--task.args.made=null"]
+    arguments += [f"--task.args.encoder={{tokens: {cells // 2}, dim: 32, patch: 2, margin: 2}}"]
+    assert tiny("--name", "real", *arguments, "--run.max_steps=10", "--schedule.warmup=0") == 0
     assert "val/nrmse_physical " in capsys.readouterr().out
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,31 +22,6 @@ LOOKS: dict[str, dict[str, Any]] = {  # of what is compared
     "decoder's floor": {"color": "tab:green", "linestyle": ":", "linewidth": 2},
 }
 KINDS = {"prediction": "", "persistence": "_persistence", "linear stencil": "_linear", "decoder's floor": "_floor"}
-
-
-# ---- the default run ----------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def rollout(network: nn.Module, start: Tensor, steps: int) -> Tensor:
-    """``steps`` steps of the network, each from the field that the one before gave: (N, X) -> (N, steps + 1, X)."""
-    fields = [start]
-    for _ in range(steps):
-        fields.append(network(fields[-1])["u1"].to(start.dtype))
-    return torch.stack(fields, 1)
-
-
-def rollout_figure(network: nn.Module, truth: Tensor, dt: float) -> Figure:
-    """``space_time`` of a rollout of the network from the first state of truth (N, T, X), ``dt`` time units apart, on
-    the network's device."""
-    was_training = network.training
-    network.eval()
-    predicted = rollout(network, truth[:, 0], truth.shape[1] - 1).float().cpu()
-    network.train(was_training)
-    return space_time(truth.float().cpu(), predicted, dt)
-
-
-# ---- rollouts -----------------------------------------------------------------------------------------------------
 
 
 def space_time(
@@ -115,7 +90,7 @@ def planes(
 
     channels, columns, above = truth.shape[1], len(titles), int(given is not None)
     rows = above + 3 * channels
-    tall = 1.75 * (edges[3] - edges[2]) / (edges[1] - edges[0]) + 0.3
+    tall = 2.1 * (edges[3] - edges[2]) / (edges[1] - edges[0]) + 0.25
     figure, axes = plt.subplots(
         rows,
         columns,
@@ -145,7 +120,6 @@ def planes(
         axis.set_title(title)
     for axis in axes[-1]:
         axis.set_xlabel("x")
-        axis.locator_params(nbins=4)
     return figure
 
 
@@ -184,7 +158,7 @@ def growth(
     )
     left.grid(which="both", alpha=0.25)
     left.legend(frameon=False, fontsize="small")
-    kept = waves > 0  # the mean is no wave
+    kept = waves > 0
     for color, (label, (truth, ours)) in zip(COLORS, spectra.items(), strict=False):
         right.plot(waves[kept], truth[kept], color=color, linewidth=1, label=label)
         right.plot(waves[kept], ours[kept], color=color, linewidth=2.2, linestyle=(0, (2, 2)), alpha=0.6)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESIDENT = 1 << 30  # bytes of fields of a split that are kept in memory; more are read as they are asked for
+PICTURED = 25  # steps of the rollouts in the report: an operator trained on single steps holds about so long
 SCALED_BY = 256  # trajectories from which the RMS of a step's change is taken
 
 Settings = Mapping[str, Any]
@@ -154,6 +155,8 @@ class Stage(Task):
                 self._states(folder if cached else None, *each)
                 for each in zip(sets, self.normalisers, encoders, strict=True)
             ]
+        for split in self.sets:
+            self.dataset(split)  # says so where trajectories are too short
         scales = [self._scales(*each) for each in zip(train, self.normalisers, encoders, strict=True)]
         self.latent_change, self.field_change = zip(*scales, strict=True)
 
@@ -255,7 +258,13 @@ class Stage(Task):
         return network
 
     def _encoders(self) -> list[GridEncoder]:
-        return [GridEncoder(channels=grid.channels, **on_grid(self.encoding, grid)) for grid in self.grids]
+        encoders = [GridEncoder(channels=grid.channels, **on_grid(self.encoding, grid)) for grid in self.grids]
+        for grid, encoder in zip(self.grids, encoders, strict=True):
+            try:
+                encoder.places(grid.height, grid.width)
+            except ValueError as error:
+                raise InputError(f"task.args.encoder: {grid.name}: {error}") from None
+        return encoders
 
     def _take(self, module: nn.Module, prefix: str = "") -> None:
         """Load the start's weights into a module of the system: all of those that it has for it, and all but those of
@@ -320,11 +329,12 @@ class Stage(Task):
         return means | self.nrmses(sums)
 
     def pictures(self, network: nn.Module, device: torch.device) -> dict[str, Figure]:
-        """Of every task a rollout beside the truth, and how its error and its spectrum go."""
+        """Of every task a rollout beside the truth, each step from the field that the one before gave, and how its
+        error and its spectrum go."""
         from models.physics.evaluation import rollout_pictures
 
         assert isinstance(network, PhysicsSystem)
-        return rollout_pictures(self, network, device)
+        return rollout_pictures(self, network, device, steps=PICTURED, space="field")
 
     def sums(self, batch: Batch, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of values per row (B,) the sums over samples, by task: ``<task>/<name>``, and ``<task>/weight``."""

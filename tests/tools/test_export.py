@@ -380,13 +380,19 @@ def test_wrong_input_gets_one_line(home, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_burgers_network_for_any_batch_size(home, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("tasks", ["burgers1d", "burgers1d and darcy2d"])
+def test_the_physics_network_for_any_batch_size(home, tmp_path, capsys, monkeypatch, tasks):
     import onnxruntime
 
     monkeypatch.setenv("FABRIC_TRAINER_DATA", str(tmp_path / "data"))
-    tiny = str(REPOSITORY / "configs" / "burgers_tiny.yaml")
-    assert cli.main(["--config", tiny, "--run.root", str(tmp_path / "runs"), "--name", "b"]) == 0
-    path, u0 = str(tmp_path / "runs/b/checkpoints/last.pt"), torch.randn(7, 64)
+    command = ["--config", str(REPOSITORY / "configs" / "burgers_tiny.yaml"), "--run.root", str(tmp_path / "runs")]
+    given = {"u0": torch.randn(7, 1, 1, 64)}
+    if tasks != "burgers1d":  # of two grids: flat rows, whose tasks the graph is told
+        command += ["--task.args.tasks=[burgers1d, darcy2d]", "--task.args.symmetries=null", "--run.max_steps=12"]
+        command += ["--task.args.made={burgers1d: {nx: 64, frames: 21}, darcy2d: {nx: 16}}"]
+        given = {"u0": torch.randn(7, 256), "task": torch.tensor([0, 1, 1, 0, 0, 1, 0])}
+    assert cli.main([*command, "--name", "b"]) == 0
+    path = str(tmp_path / "runs/b/checkpoints/last.pt")
     for how in ([], ["--quantize", "int8"]):
         made = []
         for form in ("torch_export", "onnx"):
@@ -395,9 +401,9 @@ def test_the_burgers_network_for_any_batch_size(home, tmp_path, capsys, monkeypa
             assert main([path, "--weights", "ema", "--format", form, "--out", str(out), *how]) == 0
             assert "batch size: any" in capsys.readouterr().out
             if form == "onnx":
-                names = ["z0", "z1", "u1"]
-                u1 = onnxruntime.InferenceSession(out).run(names, {"u0": u0.numpy()})[2]
-                made.append(torch.from_numpy(u1))
+                fed = {f"batch_{name}": value.numpy() for name, value in given.items()}
+                made.append(torch.from_numpy(onnxruntime.InferenceSession(out).run(["u1"], fed)[0]))
             else:
-                made.append(torch.export.load(out).module()(u0)["u1"].detach())
+                made.append(torch.export.load(out).module()(given)["u1"].detach())
+        assert made[0].shape == given["u0"].shape
         torch.testing.assert_close(made[0], made[1], rtol=0, atol=1e-5)
