@@ -70,3 +70,11 @@ def test_the_character_gpt_on_a_real_text(installed, tmp_path, test_data):
     loss = float(re.findall(r"^val/loss ([\d.]+)$", out, flags=re.MULTILINE)[-1])
     print(f"tinyshakespeare after 400 updates: val/loss {loss}")
     assert loss < 2.5  # a bigram table reaches about 2.5 nats
+
+
+def test_every_test_that_the_promises_name_exists():
+    page = (REPOSITORY / "docs" / "physics_promises.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", page)
+    assert len(named) > 30 and page.count("::") == len(named)
+    for file, test in named:
+        assert f"\ndef {test}(" in (REPOSITORY / "tests" / file).read_text(), f"{file} has no {test}"
