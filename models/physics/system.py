@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from data.normalise import Normaliser
@@ -255,8 +256,10 @@ class PhysicsSystem(nn.Module):
 
     def untouched(self) -> Tensor:
         """A zero that hangs on every weight that learns: DDP waits for the gradient of each, also where a rank's rows
-        have none of a task."""
-        return torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0
+        have none of a task. Under FSDP not on those of blocks: they are in shards again, and every row has used them.
+        """
+        learning = [p for p in self.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        return torch.stack([p.sum() for p in learning]).sum() * 0.0
 
 
 def joined(pieces: Sequence[tuple[Tensor | slice, Tensor]]) -> Tensor:

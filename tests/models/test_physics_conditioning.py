@@ -15,11 +15,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fabric_trainer import checkpoint
 from fabric_trainer.errors import InputError
 from fabric_trainer.evaluate import Split, evaluate
 from fabric_trainer.random import SampleRandom
 from models.physics.conditioning import Reward, Scored, Search, Settings, Weights, channel_names, settings
 from models.physics.evaluation import EvaluationNetwork, EvaluationStage
+from models.physics.residual_stage import ResidualStage
 
 MASS = {"reward": {"mass_field": "u"}}
 LEAK = 0.25
@@ -416,6 +418,29 @@ def test_steady_tasks_are_left_out(root, fabric):
     assert found["nrmse_ttc"] == found["burgers1d/nrmse_ttc"]
     with pytest.raises(InputError, match=r"^task.args.ttc: darcy2d is steady"):
         prepared(root, ttc, **WITH_DARCY | {"tasks": ["darcy2d"], "made": {"darcy2d": {"nx": 8}}})
+
+
+def test_a_systems_corrector_brings_candidates(root, fabric, tmp_path):
+    """Plain predictions are corrected at the stage's tau, candidates at others."""
+    stage = ResidualStage(**STAGE)
+    stage.prepare(root)
+    network = stage.network()
+    torch.nn.init.normal_(network.corrector.network[4].weight, std=0.02)
+    state = {"format": 1, "model": network.state_dict(), "ema": {}, "counters": {}, "config": {}}
+    checkpoint.write(tmp_path / "residual.pt", state)
+    sampler = {"sampler": {"tau_range": [0.0, 1.0]}}
+    start = {"start": str(tmp_path / "residual.pt")}
+    for tau in (1.0, 0.5):
+        stage, network = prepared(root, sampler | {"candidates": 6}, tau=tau, **start)
+        found = measured(fabric, stage, network)
+        assert found["nrmse_ttc_plain"] == pytest.approx(found["nrmse"], rel=1e-5)
+        assert found["ttc_reward"] > found["ttc_reward_plain"] and found["nrmse_ttc"] != found["nrmse_ttc_plain"]
+        z = start_of(network, stage)
+        torch.testing.assert_close(network.ahead(z, 0), network.step(z, 0) + network.corrector(network.step(z, 0), tau))
+
+
+def start_of(network: EvaluationNetwork, stage: EvaluationStage) -> Tensor:
+    return network.encode(stage.sets["test"][0].tensor()[:, 0], 0)
 
 
 @pytest.mark.parametrize(
