@@ -431,7 +431,7 @@ def test_a_systems_corrector_brings_candidates(root, fabric, tmp_path):
     sampler = {"sampler": {"tau_range": [0.0, 1.0]}}
     start = {"start": str(tmp_path / "residual.pt")}
     for tau in (1.0, 0.5):
-        stage, network = prepared(root, sampler | {"candidates": 6}, tau=tau, **start)
+        stage, network = prepared(root, sampler | {"candidates": 6}, corrector_tau=tau, **start)
         found = measured(fabric, stage, network)
         assert found["nrmse_ttc_plain"] == pytest.approx(found["nrmse"], rel=1e-5)
         assert found["ttc_reward"] > found["ttc_reward_plain"] and found["nrmse_ttc"] != found["nrmse_ttc_plain"]
