@@ -235,11 +235,11 @@ def _pictures(
     }
     measured = rollouts.figures(sums, dt)
     curves = {name: measured[f"rollout_nrmse{kind}/steps"] for name, kind in pictures.KINDS.items()}
-    spectra = {
-        f"{unit} = {(k + 1) * dt:.4g}": (measured["spectrum/truth"][place], measured["spectrum/rollout"][place])
-        for place, k in enumerate(rollouts.moments(steps))
-    }
-    waves = rollouts.wavenumbers(measured["spectrum/truth"].shape[1], periodic)
+    whole = rollouts.whole_bins(grid.height, grid.width, periodic)
+    energies = zip(measured["spectrum/truth"][:, :whole], measured["spectrum/rollout"][:, :whole], strict=True)
+    times = [f"{unit} = {(k + 1) * dt:.4g}" for k in rollouts.moments(steps)]
+    spectra = dict(zip(times, energies, strict=True))
+    waves = rollouts.wavenumbers(whole, periodic)
     title = f"{grid.name}, {split}: error and spectrum of {len(u)} trajectories"
     return found | {title: pictures.growth(curves, spectra, waves, dt, unit)}
 

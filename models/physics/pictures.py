@@ -90,7 +90,7 @@ def planes(
 
     channels, columns, above = truth.shape[1], len(titles), int(given is not None)
     rows = above + 3 * channels
-    tall = 2.1 * (edges[3] - edges[2]) / (edges[1] - edges[0]) + 0.25
+    tall = 1.75 * (edges[3] - edges[2]) / (edges[1] - edges[0]) + 0.3
     figure, axes = plt.subplots(
         rows,
         columns,
@@ -120,6 +120,7 @@ def planes(
         axis.set_title(title)
     for axis in axes[-1]:
         axis.set_xlabel("x")
+        axis.locator_params(nbins=4)
     return figure
 
 
@@ -158,7 +159,7 @@ def growth(
     )
     left.grid(which="both", alpha=0.25)
     left.legend(frameon=False, fontsize="small")
-    kept = waves > 0
+    kept = waves > 0  # the mean is no wave
     for color, (label, (truth, ours)) in zip(COLORS, spectra.items(), strict=False):
         right.plot(waves[kept], truth[kept], color=color, linewidth=1, label=label)
         right.plot(waves[kept], ours[kept], color=color, linewidth=2.2, linestyle=(0, (2, 2)), alpha=0.6)

@@ -245,6 +245,12 @@ def wavenumbers(bins: int, periodic: bool) -> np.ndarray:
     return np.arange(bins) / (1 if periodic else 2)
 
 
+def whole_bins(height: int, width: int, periodic: bool) -> int:
+    """The bins of ``spectrum`` whose waves fit in every direction; those above have only a plane's corners."""
+    shortest = min(n for n in (height, width) if n > 1)
+    return shortest // 2 + 1 if periodic else shortest
+
+
 def correlation(predicted: Tensor, truth: Tensor) -> Tensor:
     """Pearson's, over space, of deviations from each channel's mean: (B, C, H, W) twice -> (B,); nan where the
     prediction isn't finite, or either doesn't vary."""
