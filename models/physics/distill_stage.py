@@ -127,6 +127,9 @@ class DistillStage(Stage):
     def weights(self, epoch: float) -> dict[str, float]:
         return {"distillation": 1.0}
 
+    def describe(self) -> dict[str, str]:
+        return super().describe() | {"teacher": f"the start's corrector in {self.teacher_steps} calls"}
+
     def figures(self, sums: dict[str, Any]) -> dict[str, float]:
         return super().figures(sums) | drift_figure(self, sums)
 

@@ -133,6 +133,11 @@ class ResidualStage(Stage):
     def weights(self, epoch: float) -> dict[str, float]:
         return {name: weight for name, weight in self.constant.items() if weight}
 
+    def describe(self) -> dict[str, str]:
+        ratios = [name for name in self.weights(0) if name != "forward"] if self.ratio == "batch" else []
+        said = f"{' and '.join(ratios)} loss of a micro-batch: it depends on how an update is split"
+        return super().describe() | ({"by batch": said} if ratios else {})
+
     def figures(self, sums: dict[str, Any]) -> dict[str, float]:
         return super().figures(sums) | drift_figure(self, sums)
 

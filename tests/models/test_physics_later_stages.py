@@ -377,6 +377,14 @@ def test_wrong_settings_are_one_line(kind, change, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_the_summary_says_what_depends_on_the_split():
+    said = "spectral and relative loss of a micro-batch: it depends on how an update is split"
+    weighed = SYSTEM | {"spectral_weight": 0.1, "relative_weight": 0.1}
+    assert ResidualStage(**weighed, ratio="batch").describe()["by batch"] == said
+    for args in (weighed, SYSTEM | {"ratio": "batch"}):
+        assert "by batch" not in ResidualStage(**args).describe()
+
+
 def test_distillation_needs_a_corrector(trained):
     for start in (None, trained.files["operator"]):
         with pytest.raises(InputError, match=r"task.args.start: .*starts with a file that has a corrector"):
