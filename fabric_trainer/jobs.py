@@ -15,7 +15,7 @@ from rich.console import Console
 from fabric_trainer import checkpoint, run, sharded, slurm
 from fabric_trainer.batch import with_micro_batches
 from fabric_trainer.command import SUFFIXES, Command
-from fabric_trainer.config import BatchConfig, Config, EmaConfig, data_root
+from fabric_trainer.config import BatchConfig, Config, EmaConfig, ScheduleConfig, data_root
 from fabric_trainer.describe import describe as describe_run
 from fabric_trainer.duration import spoken
 from fabric_trainer.environment import describe
@@ -271,6 +271,7 @@ def load_state(fabric: Fabric, task: Task, path: Path, command: Command, config:
     and the split."""
     saved = shared(fabric, lambda: checkpoint.load(path))
     config.ema = EmaConfig(**(saved["config"]["ema"] if saved.get("ema") else {}))
+    config.schedule = ScheduleConfig()  # nothing is trained: none may be too long for this data
     config.batch = _numbered(config.batch, data_parallel(fabric).size, saved)
     state = State(fabric, task, config)
     state.load_weights(saved)

@@ -256,7 +256,8 @@ def test_metrics_in_a_file_and_a_report_with_the_pictures_of_the_checkpoint(tmp_
     capsys.readouterr()
 
     arguments = ["--config", "toy.yaml", "--evaluate", path, "--split", "test"]
-    arguments += ["--task.args.parts", "true", "--out", "found/metrics.json"]
+    # a warm-up longer than a run on this data is no matter here
+    arguments += ["--task.args.parts", "true", "--schedule.warmup", "100", "--out", "found/metrics.json"]
     assert main(arguments) == 0
     saved, out = load(tmp_path / path), capsys.readouterr().out
     found = json.loads((tmp_path / "found/metrics.json").read_text())

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from fabric_trainer.counters import Counters
 from fabric_trainer.errors import InputError
 from fabric_trainer.portable import check_names
-from fabric_trainer.state import FORMAT
 from models import weights
 from models.physics.operator import LatentOperator
 from models.physics.prior import SteadyPrior
@@ -137,6 +136,8 @@ def _tops(state: State) -> list[str]:
 
 def ours(found: Weights) -> dict[str, Any]:
     """As a checkpoint of ours that has weights alone: ``--init_from`` takes it."""
+    from fabric_trainer.state import FORMAT  # with it comes all that a run needs
+
     return {
         "format": FORMAT,
         "model": found.state,

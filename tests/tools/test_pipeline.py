@@ -378,7 +378,13 @@ def warm(tmp_path_factory):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("how", [{"KILL": "20"}, {"KILL": "20", "KILL_ALL": "1"}], ids=["it", "it and its stage"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({"KILL": "20"}, id="its group"),
+        pytest.param({"KILL": "20", "KILL_ALL": "1"}, id="its group and its stage", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_in_the_second_stage_and_continued(warm, how):
     """The first stage is skipped, the second resumed, and the last weights are those of a pipeline left alone."""
     run, runs = warm
