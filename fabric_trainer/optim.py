@@ -88,7 +88,7 @@ def _build(
     for group in groups:
         group["name"] = _labelled(portion.label, group["name"])
     if not {"fused", "foreach"} & set(arguments):
-        if "fused" in accepted and device_type in _FUSED and not scaled and _all_floating(groups):
+        if "fused" in accepted and device_type in _FUSED and not scaled and _fusible(cls, groups):
             arguments["fused"] = True
         elif "foreach" in accepted and device_type == "cuda":
             arguments["foreach"] = True
@@ -206,5 +206,9 @@ def _torch_optimizer(name: str) -> ModuleType:
         ) from None
 
 
-def _all_floating(groups: list[dict[str, Any]]) -> bool:
-    return all(torch.is_floating_point(parameter) for group in groups for parameter in group["params"])
+def _fusible(cls: type[Optimizer], groups: list[dict[str, Any]]) -> bool:
+    """Whether the fused kernel takes these parameters: floating ones; in shards (DTensor) Adam's and AdamW's alone."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    in_shards = any(isinstance(parameter, DTensor) for parameter in parameters)
+    known = not in_shards or cls in (torch.optim.Adam, torch.optim.AdamW)
+    return known and all(torch.is_floating_point(parameter) for parameter in parameters)
