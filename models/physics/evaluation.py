@@ -32,7 +32,8 @@ FRAMES = 4  # states of a plane that a picture shows
 class EvaluationNetwork(PhysicsSystem):
     """The system, with what is measured along rollouts as ``forward``.
 
-    linear: each task's. steps: of each task's rollouts. space: of ``rollouts.SPACES``. tau: level at which the
+    linear: each task's. steps: of each task's rollouts. space: of ``rollouts.SPACES``. difference: as
+    ``rollouts.rollout`` has it. tau: level at which the
     corrector is called once in every step, where there is one; None: never. ttc: of test-time conditioning; InputError
     where the tasks lack what it names.
     """
@@ -44,11 +45,13 @@ class EvaluationNetwork(PhysicsSystem):
         linear: Sequence[LinearStep],
         steps: Sequence[int],
         space: str,
+        difference: bool = True,
         tau: float | None = None,
         ttc: conditioning.Settings | None = None,
     ) -> None:
         super().__init__(parts, trains)
         self.linear, self.steps, self.space, self.ttc = list(linear), list(steps), space, ttc
+        self.difference = difference
         self.tau = None if self.corrector is None else tau
         self.scores = {} if ttc is None else conditioned.scores(ttc, self.grids, steps)
 
@@ -69,7 +72,10 @@ class EvaluationNetwork(PhysicsSystem):
             u, weight = u.unflatten(1, shape), batch["weight"][rows]
             if not places:
                 u, weight = torch.zeros_like(u), torch.zeros_like(weight)
-            values = rollouts.measures(self, u, task, self.linear[task], self.space, periodic=grid.name in ups.PERIODIC)
+            periodic = grid.name in ups.PERIODIC
+            values = rollouts.measures(
+                self, u, task, self.linear[task], self.space, periodic=periodic, difference=self.difference
+            )
             if self.ttc is not None and task in self.scores:
                 own = batch["random"][rows]
                 values |= conditioned.measures(self, u, task, self.ttc, self.scores[task], own, weight, self.tau)
@@ -83,10 +89,11 @@ class EvaluationStage(Stage):
 
     rollout_steps: of ``time_stride`` frames each, or as many as a trajectory has. starts: rollouts from each
     trajectory, the first from its first state. space: "latent" goes on from predicted latents, "field" encodes each
-    predicted field again. corrector_tau: level at which the corrector, where the file has one, corrects every step in
-    one call: 1, or 0.5 where it was trained in the original's form; null leaves it out. ttc: settings of test-time
-    conditioning (``conditioning.Settings``): from every state ``ttc.steps`` steps are predicted once more, as
-    ``nrmse_ttc`` and ``nrmse_physical_ttc``; steady tasks are left out.
+    predicted field again. difference: a field is u0 + D(z) - D(z0); false reads D(z) alone, which is better where what
+    latents don't hold, such as noise at the start, is soon gone. corrector_tau: level at which the corrector, where
+    the file has one, corrects every step in one call: 1, or 0.5 where it was trained in the original's form; null
+    leaves it out. ttc: settings of test-time conditioning (``conditioning.Settings``): from every state ``ttc.steps``
+    steps are predicted once more, as ``nrmse_ttc`` and ``nrmse_physical_ttc``; steady tasks are left out.
     """
 
     trains = ("operator", "decoder")  # a run has to train something; this one can't be trained
@@ -97,6 +104,7 @@ class EvaluationStage(Stage):
         rollout_steps: int = 50,
         starts: int = 1,
         space: str = "latent",
+        difference: bool = True,
         corrector_tau: float | None = 1.0,
         ttc: dict[str, Any] | None = None,
         **stage: Any,
@@ -107,7 +115,8 @@ class EvaluationStage(Stage):
             raise InputError(f"task.args.space: {space!r} is none of {', '.join(rollouts.SPACES)}")
         if corrector_tau is not None and not 0 <= corrector_tau <= 1:
             raise InputError(f"task.args.corrector_tau: must be within 0 and 1, or null, not {corrector_tau}")
-        self.rollout_steps, self.starts, self.space, self.tau = rollout_steps, starts, space, corrector_tau
+        self.rollout_steps, self.starts, self.tau = rollout_steps, starts, corrector_tau
+        self.way: dict[str, Any] = {"space": space, "difference": difference}
         self.val_every = 1  # every trajectory counts
 
     def _states(self, folder: Path | None, *parts: Any) -> dict[str, States]:
@@ -119,7 +128,8 @@ class EvaluationStage(Stage):
     def network(self) -> EvaluationNetwork:
         steps = [self.pairs(*each).steps for each in zip(self.states["train"], self.sets["train"], strict=True)]
         linear = linear_steps(self)
-        network: EvaluationNetwork = self.build(EvaluationNetwork, linear, steps, self.space, self.tau, self.ttc)
+        way = (self.way["space"], self.way["difference"])
+        network: EvaluationNetwork = self.build(EvaluationNetwork, linear, steps, *way, self.tau, self.ttc)
         return network
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
@@ -150,7 +160,7 @@ class EvaluationStage(Stage):
     def pictures(self, network: nn.Module, device: torch.device) -> dict[str, Figure]:
         assert isinstance(network, EvaluationNetwork)
         split = "test" if "test" in self.sets else "val"
-        return rollout_pictures(self, network, device, split, self.rollout_steps, network.linear, self.space)
+        return rollout_pictures(self, network, device, split, self.rollout_steps, network.linear, **self.way)
 
 
 # ---- of any stage ---------------------------------------------------------------------------------------------------
@@ -179,6 +189,7 @@ def rollout_pictures(
     steps: int = 50,
     linear: Sequence[LinearStep] | None = None,
     space: str = "latent",
+    difference: bool = True,
 ) -> dict[str, Figure]:
     """Of every task a rollout beside the truth, and how its error and its spectrum go, over the first trajectories.
 
@@ -190,7 +201,7 @@ def rollout_pictures(
         trajectories = Trajectories(states["u"], steps, stage.stride, 1, fields.steady, fields.name)
         count = min(DRAWN, len(trajectories))
         u = trajectories.__getitems__(list(range(count)))["u"].to(device)
-        found |= _pictures(stage, system, task, fields, split, u, linear[task], space)
+        found |= _pictures(stage, system, task, fields, split, u, linear[task], space, difference)
     return found
 
 
@@ -203,6 +214,7 @@ def _pictures(
     u: Tensor,
     linear: Step,
     space: str,
+    difference: bool,
 ) -> dict[str, Figure]:
     """One task's."""
     from models.physics import pictures
@@ -210,7 +222,8 @@ def _pictures(
     grid, steps, periodic = system.grids[task], u.shape[1] - 1, system.names[task] in ups.PERIODIC
     dt, unit = frame_time(fields) * stage.stride, "t" if fields.t is not None else "frames"
     names, (x, y) = conditioning.channel_names(grid.name, grid.channels), (edges(fields.x), edges(fields.y))
-    predicted = torch.stack((u[:, 0], *rollouts.rollout(system, u[:, 0], steps, task, space)), 1).float().cpu()
+    rolled = rollouts.rollout(system, u[:, 0], steps, task, space, difference=difference)
+    predicted = torch.stack((u[:, 0], *rolled), 1).float().cpu()
     truth = u.float().cpu()
     if grid.steady:
         some = slice(0, FRAMES)
@@ -228,7 +241,7 @@ def _pictures(
         columns = [f"{unit} = {k * dt:.4g}" for k in times]
         drawn = pictures.planes(truth[0, times], predicted[0, times], columns, (*x, *y), names)
         found = {f"{grid.name}, {split}: {ahead} of a trajectory": drawn}
-    values = rollouts.measures(system, u, task, linear, space=space, periodic=periodic)
+    values = rollouts.measures(system, u, task, linear, space=space, periodic=periodic, difference=difference)
     sums = {
         name: value.cpu().numpy()
         for name, value in rollouts.summed(values, torch.ones(len(u), device=u.device)).items()

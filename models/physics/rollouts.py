@@ -64,27 +64,36 @@ class Trajectories(Dataset[Batch]):
 
 
 def rollout(
-    system: PhysicsSystem, u0: Tensor, steps: int, task: int, space: str = "latent", step: Step | None = None
+    system: PhysicsSystem,
+    u0: Tensor,
+    steps: int,
+    task: int,
+    space: str = "latent",
+    step: Step | None = None,
+    difference: bool = True,
 ) -> Iterator[Tensor]:
     """The fields after 1, 2, …, ``steps`` steps from u0 (B, C, H, W), in its units: each (B, C, H, W).
 
     space: ``latent`` goes on from each predicted latent state, as the Universal Physics Stack does, and decodes each:
     u0 + D(z_k) - D(z_0), what single steps add up to. ``field`` encodes each predicted field again. step: from latent
-    state to latent state; the system's own, ``system.ahead``, when None.
+    state to latent state; the system's own, ``system.ahead``, when None. difference: false reads D(z) alone, as it is
+    for steady tasks: what latents don't hold of the first state is then gone, and not kept for good.
     """
     ahead = step or (lambda z: system.ahead(z, task))
     z = system.encode(u0, task)
+    alone = system.grids[task].steady or not difference
     if space == "field":
         u = u0
         for _ in range(steps):
             z = system.encode(u, task)
-            u = system.advance(u, z, ahead(z), task)
+            z1 = ahead(z)
+            u = system.decode(z1, task) if alone else system.advance(u, z, z1, task)
             yield u
         return
-    steady, start = system.grids[task].steady, system.decode(z, task, frame=0)
+    start = system.decode(z, task, frame=0)
     for _ in range(steps):
         z = ahead(z)
-        yield system.decode(z, task) if steady else u0 + system.decode(z, task) - start
+        yield system.decode(z, task) if alone else u0 + system.decode(z, task) - start
 
 
 def repeated(step: Step, u0: Tensor, steps: int) -> Iterator[Tensor]:
@@ -102,6 +111,7 @@ def measures(
     space: str = "latent",
     step: Step | None = None,
     periodic: bool = True,
+    difference: bool = True,
 ) -> dict[str, Tensor]:
     """What is measured along trajectories u (B, K + 1, C, H, W), of each: float32 at least, (B, K) but for spectra and
     times.
@@ -119,7 +129,7 @@ def measures(
     found: dict[str, list[Tensor]] = {}
     good: dict[str, list[Tensor]] = {}
     steps = u.shape[1] - 1
-    for k, (fields, latents) in enumerate(_guesses(system, u, task, linear, space, step)):
+    for k, (fields, latents) in enumerate(_guesses(system, u, task, linear, space, step, difference)):
         truth = u[:, k + 1]
         values = {name: mean_square_or_inf(guess - truth) for name, guess in fields.items()}
         values |= {name: mean_square_or_inf(z) for name, z in latents.items()} | {"truth": mean_square_or_inf(truth)}
@@ -137,16 +147,16 @@ def measures(
 
 
 def _guesses(
-    system: PhysicsSystem, u: Tensor, task: int, linear: Step, space: str, step: Step | None
+    system: PhysicsSystem, u: Tensor, task: int, linear: Step, space: str, step: Step | None, difference: bool
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """For every step of the trajectories, fields that should be the next state, and latents, as ``measures`` names
     them."""
     ahead, steady = step or (lambda z: system.ahead(z, task)), system.grids[task].steady
-    first, steps = u[:, 0], u.shape[1] - 1
+    first, steps, alone = u[:, 0], u.shape[1] - 1, steady or not difference
     still = system.normalisers[system.names[task]].inverse(torch.zeros_like(first), 1) if steady else first
     z = system.encode(first, task)
     decoded = start = system.decode(z, task, frame=0)
-    predicted, stencils = rollout(system, first, steps, task, space, ahead), repeated(linear, first, steps)
+    predicted, stencils = rollout(system, first, steps, task, space, ahead, difference), repeated(linear, first, steps)
     for k, (ours, theirs) in enumerate(zip(predicted, stencils, strict=True)):
         before = u[:, k]
         z_true, z_next = system.encode(u[:, k + 1], task, frame=1), ahead(z)
@@ -156,11 +166,11 @@ def _guesses(
                 "rollout": ours,
                 "rollout_persistence": still,
                 "rollout_linear": theirs,
-                "rollout_floor": next_decoded if steady else first + next_decoded - start,
-                "step": system.decode(z_next, task) if steady else before + system.decode(z_next, task) - decoded,
+                "rollout_floor": next_decoded if alone else first + next_decoded - start,
+                "step": system.decode(z_next, task) if alone else before + system.decode(z_next, task) - decoded,
                 "step_persistence": still if steady else before,
                 "step_linear": linear(before),
-                "step_floor": next_decoded if steady else before + next_decoded - decoded,
+                "step_floor": next_decoded if alone else before + next_decoded - decoded,
             },
             {"latent": z_true, "latent_step": z_next - z_true, "latent_persistence": z - z_true},
         )
