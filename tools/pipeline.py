@@ -210,7 +210,8 @@ class Pipeline:
             print(f"{stage.name}: finished before", flush=True)
             return self.conclude(stage, FINISHED, "")
         stage.write(start)
-        print(f"{stage.name}: starts from {start or 'nothing'}", flush=True)
+        what = "goes on; it started" if self.has_begun(stage) else "starts"
+        print(f"{stage.name}: {what} from {start or 'nothing'}", flush=True)
         print(shlex.join(command(stage, start)), flush=True)
         code, line = SMALLER, ""
         while code == SMALLER and not self.stop.signal:  # out of memory: it goes on with smaller micro-batches

@@ -399,7 +399,8 @@ def test_killed_in_the_second_stage_and_continued(warm, how):
 
     done = run(name)
     assert done.returncode == 0, done.stderr
-    assert "operator: completed" in done.stdout and f"step-{step:08d}.pt" in done.stdout
+    assert "operator: completed" in done.stdout and "diff_residual: goes on; it started from" in done.stdout
+    assert f"step-{step:08d}.pt" in done.stdout
     for stage in ("operator", "diff_residual"):
         a, b = (load(runs / which / stage / "checkpoints/last.pt") for which in ("whole", name))
         assert a["counters"]["step"] == b["counters"]["step"] == (16, 24)[stage == "diff_residual"]
