@@ -267,7 +267,7 @@ class Pipeline:
             return self.stop.code
         if code in (TRY_AGAIN, INTERRUPTED, SMALLER) or (code < 0 and self.stop.signal):
             self.status.write()  # saved, or killed before there was anything to save: it stays in progress
-            return code if code > 0 else self.stop.code
+            return code if code in (TRY_AGAIN, INTERRUPTED) else self.stop.code
         message = line.removeprefix("error: ") or (signal.Signals(-code).name if code < 0 else f"exit code {code}")
         self.status.change(stage.name, status="failed", error_message=message)
         print(f"error: stage {stage.name} failed: {message} ({stage.errors})", file=sys.stderr, flush=True)
