@@ -179,35 +179,6 @@ def collapsing_distillation_loss(drift: Tensor) -> Tensor:
     return _mean_square(drift)
 
 
-# ---- figures ------------------------------------------------------------------------------------------------------
-
-
-def nrmse_sums(predicted: Tensor, target: Tensor, start: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """What ``nrmse_figures`` needs, to be added up over batches and ranks: 0-d sums over samples and values, in
-    float64 where the device has it, of the squared ``error``, of that of ``persistence``, which predicts ``start``,
-    of the squared ``truth``, and of ``values``, how many there are. (B, ...) three times, weight (B,)."""
-    exact = torch.float32 if target.device.type == "mps" else torch.float64
-    _check(predicted, target)
-    _check(start, target)
-    predicted, target, start, weight = (x.to(exact) for x in (predicted, target, start, weight))
-    squares = {"error": predicted - target, "persistence": start - target, "truth": target}
-    sums = {name: (x.pow(2).flatten(1).sum(1) * weight).sum() for name, x in squares.items()}
-    return sums | {"values": weight.sum() * target[0].numel()}
-
-
-def nrmse_figures(sums: Mapping[str, float]) -> dict[str, float]:
-    """``nrmse`` over a whole split, ``nrmse_persistence`` and the ratio of both, ``nrmse_ratio``; nan without values.
-
-    NRMSE = sqrt(SSE / n) / (sqrt(Sqq / n) + 1e-8), of sums over all samples: the same however they were split.
-    """
-    n = sums["values"]
-    if not n:
-        return dict.fromkeys(("nrmse", "nrmse_persistence", "nrmse_ratio"), math.nan)
-    truth = math.sqrt(sums["truth"] / n) + EPS
-    error, persistence = (math.sqrt(sums[name] / n) / truth for name in ("error", "persistence"))
-    return {"nrmse": error, "nrmse_persistence": persistence, "nrmse_ratio": error / (persistence + EPS)}
-
-
 # ---- parts --------------------------------------------------------------------------------------------------------
 
 

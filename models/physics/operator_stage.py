@@ -211,7 +211,7 @@ class OperatorStage(Stage):
             raise InputError(f"task.args.queries: must be at least 1, not {queries}")
         self.spectral, self.queries, self.stratified = spectral, queries, stratified
         self.boundary = dict(boundary or {})
-        self.scaled = self.reach is not None if scaled is None else scaled
+        self.scaled = self.design.reach is not None if scaled is None else scaled
         self.constant = {"forward": 1.0, "spectral": spectral_weight, "rollout": rollout_weight}
         self.constant |= {"physical": physical_weight, "decoder": decoder_weight} | dict(priors or {})
         self.growing = {"inverse_encoding": inverse_encoding, "inverse_decoding": inverse_decoding}

@@ -127,7 +127,7 @@ class ResidualStage(Stage):
         batch = super().preprocess(batch)
         batch["taus"] = taus(batch["random"], 1, *self.tau)
         if self.form == "bridge":
-            batch["noise"] = batch["random"].normal("noise", self.encoding["tokens"], self.encoding["dim"])
+            batch["noise"] = batch["random"].normal("noise", self.design.encoder["tokens"], self.design.encoder["dim"])
         return batch
 
     def weights(self, epoch: float) -> dict[str, float]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from data import latent_cache, plans, ups
+from data import plans, ups
 from data.fields import Fields
-from data.normalise import Normaliser, fit
+from data.normalise import fit
 from data.pairs import Pairs, Several, States
 from data.sets import Source
 from fabric_trainer.errors import InputError
@@ -24,22 +22,17 @@ from fabric_trainer.portable import check_names
 from fabric_trainer.task import Batch, Loss, Task
 from models.physics import symmetries as symmetry
 from models.physics import weights
-from models.physics.decoder import AnyPointDecoder
-from models.physics.encoder import GridEncoder
+from models.physics.design import Design, Settings
+from models.physics.figures import nrmses
 from models.physics.losses import EPS
-from models.physics.operator import CORES, LatentOperator, StackLayer, UNetLayer
-from models.physics.prior import SteadyPrior
-from models.physics.residual import DiffusionResidual
-from models.physics.system import Grid, Parts, PhysicsSystem
+from models.physics.operator import StackLayer, UNetLayer
+from models.physics.states import Cache, changes, states_of
+from models.physics.system import Grid, PhysicsSystem
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RESIDENT = 1 << 30  # bytes of fields of a split that are kept in memory; more are read as they are asked for
 PICTURED = 25  # steps of the rollouts in the report: an operator trained on single steps holds about so long
-SCALED_BY = 256  # trajectories from which the RMS of a step's change is taken
-
-Settings = Mapping[str, Any]
 
 
 class Stage(Task):
@@ -66,6 +59,8 @@ class Stage(Task):
 
     trains: tuple[str, ...] = ()
     """The parts of the system that this stage trains."""
+    caches: bool = True
+    """Whether samples bring latents from the cache, where the encoder is frozen."""
     compared: tuple[str, ...] = ()
     """Other predictions that are measured beside the stage's own, such as the operator's alone."""
 
@@ -106,18 +101,10 @@ class Stage(Task):
         self.sources = [Source(task, made.get(task), samples or {}, files.get(task)) for task in tasks]
         self.sampling, self.stride, self.horizon = sampling, time_stride, rollout_horizon
         self.val_every, self.symmetries = val_every, [turned.get(task, []) for task in tasks]
-        self.encoding: dict[str, Any] = {"tokens": 32, "dim": 16} | dict(encoder or {})
-        self.operating, self.reading = dict(operator or {}), dict(decoder or {})
-        self.correcting, self.prior = dict(corrector or {}), dict(prior or {})
-        check_settings("encoder", self.encoding, GridEncoder, given=("channels",))
-        check_settings("operator", self.operating, LatentOperator, given=("dim", "sources", "source_hidden"))
-        check_settings("decoder", self.reading, AnyPointDecoder, given=("dim", "fields"))
-        check_settings("corrector", self.correcting, DiffusionResidual, given=("dim", "cond"))
-        check_settings("prior", self.prior, SteadyPrior, given=("dim", "cond"))
-        if (architecture := self.operating.get("architecture", "pdet_unet")) in CORES:
-            check_settings("operator.core", self.operating.get("core") or {}, CORES[architecture], given=("input_dim",))
-        self.train_encoder, self.reach, self.dt = train_encoder, reach, dt
-        self.cache = {"folder": latent_cache_dir, "dtype": latent_cache_dtype}
+        parts = (dict(each or {}) for each in (encoder, operator, decoder, corrector, prior))
+        self.design = Design(*parts, reach, dt, rollout_horizon)
+        self.train_encoder = train_encoder
+        self.cache: dict[str, Any] = {"folder": latent_cache_dir, "dtype": latent_cache_dtype}
         self.start = Path(start) if start else None
         self.started: dict[str, Tensor] = {}
         self.sets: dict[str, list[Fields]] = {}  # by split, in the order of the tasks
@@ -142,7 +129,7 @@ class Stage(Task):
         for grid, names in zip(self.grids, self.symmetries, strict=True):
             symmetry.check_grid(grid.name, names, grid.height, grid.width)
         self.normalisers = [fit(fields) for fields in train]
-        encoders = self._encoders()
+        encoders = self.design.encoders(self.grids)
         self._take(nn.ModuleDict(dict(zip((grid.name for grid in self.grids), encoders, strict=True))), "encoders.")
         self._take(
             nn.ModuleDict(dict(zip((g.name for g in self.grids), self.normalisers, strict=True))), "normalisers."
@@ -150,43 +137,15 @@ class Stage(Task):
         self.states: dict[str, list[dict[str, States]]] = {}
         folder = Path(self.cache["folder"] or Path(root) / "latent_cache")
         for split, sets in self.sets.items():
-            cached = not self.encoders_learn and not (split == "train" and any(self.symmetries))
+            cached = self.caches and not self.encoders_learn and not (split == "train" and any(self.symmetries))
+            cache = Cache(folder, self.design.encoder, self.cache["dtype"]) if cached else None
             self.states[split] = [
-                self._states(folder if cached else None, *each)
-                for each in zip(sets, self.normalisers, encoders, strict=True)
+                states_of(cache, *each) for each in zip(sets, self.normalisers, encoders, strict=True)
             ]
         for split in self.sets:
             self.dataset(split)  # says so where trajectories are too short
-        scales = [self._scales(*each) for each in zip(train, self.normalisers, encoders, strict=True)]
+        scales = [changes(self.stride, *each) for each in zip(train, self.normalisers, encoders, strict=True)]
         self.latent_change, self.field_change = zip(*scales, strict=True)
-
-    def _states(
-        self, folder: Path | None, fields: Fields, normaliser: Normaliser, encoder: GridEncoder
-    ) -> dict[str, States]:
-        """Fields, in memory where they are small, and their latents, cached in ``folder``; None: the network makes
-        them, of what a sample has become."""
-        states: dict[str, States] = {"u": fields.tensor() if 4 * math.prod(fields.shape) <= RESIDENT else fields}
-        if folder is not None:
-            configuration = {key: value for key, value in self.encoding.items() if key != "seed"}
-            states["z"] = latent_cache.ensure(
-                folder, fields, normaliser, encoder, configuration, str(self.cache["dtype"])
-            )
-        return states
-
-    @torch.no_grad()
-    def _scales(self, fields: Fields, normaliser: Normaliser, encoder: GridEncoder) -> tuple[float, float]:
-        """RMS of a step's change in latents and in normalised fields, from the first trajectories."""
-        stride = 1 if fields.steady else self.stride
-        latent = field = 0.0
-        count = min(len(fields), SCALED_BY)
-        for start in range(0, count, 32):
-            u = normaliser(torch.from_numpy(fields.read(start, min(start + 32, count))))
-            field += (u[:, stride:] - u[:, :-stride]).double().pow(2).flatten(1).mean(1).sum().item()
-            z = torch.cat([encoder(some) for some in u.flatten(0, 1).split(latent_cache.STATES)])
-            z = z.unflatten(0, u.shape[:2])
-            latent += (z[:, stride:] - z[:, :-stride]).double().pow(2).flatten(1).mean(1).sum().item()
-        # what never changes has no scale of its own
-        return math.sqrt(latent / count) or 1.0, math.sqrt(field / count) or 1.0
 
     def missing(self, root: Path) -> list[str]:
         absent = self.start is not None and not self.start.is_file()
@@ -234,37 +193,13 @@ class Stage(Task):
         weights. InputError where they are not of this network."""
         if not self.grids:
             raise ValueError(f"{type(self).__name__}.prepare(root) has to come first: it reads the data")
-        dim = self.encoding["dim"]
-
-        def has(part: str) -> bool:
-            return part in self.trains or any(name.startswith(f"{part}.") for name in self.started)
-
-        parts = Parts(
-            self.grids,
-            self._encoders(),
-            deepcopy(self.normalisers),
-            LatentOperator(dim, **self.operating),
-            AnyPointDecoder(dim, sum(grid.channels for grid in self.grids), **self.reading),
-            DiffusionResidual(dim, **self.correcting) if has("corrector") else None,
-            SteadyPrior(dim, **self.prior) if has("prior") else None,
-            self.latent_change,
-            self.field_change,
-            self.reach,
-            self.dt,
-            self.horizon,
-        )
+        started = {name.split(".")[0] for name in self.started}
+        has = {part for part in ("corrector", "prior") if part in (*self.trains, *started)}
+        changes = (self.latent_change, self.field_change)
+        parts = self.design.parts(self.grids, self.normalisers, changes, has)
         network = kind(parts, (*self.trains, "encoders") if self.encoders_learn else self.trains, *arguments)
         self._take(network)
         return network
-
-    def _encoders(self) -> list[GridEncoder]:
-        encoders = [GridEncoder(channels=grid.channels, **on_grid(self.encoding, grid)) for grid in self.grids]
-        for grid, encoder in zip(self.grids, encoders, strict=True):
-            try:
-                encoder.places(grid.height, grid.width)
-            except ValueError as error:
-                raise InputError(f"task.args.encoder: {grid.name}: {error}") from None
-        return encoders
 
     def _take(self, module: nn.Module, prefix: str = "") -> None:
         """Load the start's weights into a module of the system: all of those that it has for it, and all but those of
@@ -324,14 +259,14 @@ class Stage(Task):
     # ---- figures ----------------------------------------------------------------------------------------------
 
     def figures(self, sums: dict[str, Any]) -> dict[str, float]:
-        """``loss``, the mean of every loss, and those of ``nrmses``."""
+        """``loss``, the mean of every loss, and those of ``figures.nrmses``."""
         means = {name: value / sums["weight"] for name, value in sums.items() if "/" not in name and name != "weight"}
-        return means | self.nrmses(sums)
+        return means | nrmses(sums, [grid.name for grid in self.grids], self.compared)
 
     def pictures(self, network: nn.Module, device: torch.device) -> dict[str, Figure]:
         """Of every task a rollout beside the truth, each step from the field that the one before gave, and how its
         error and its spectrum go."""
-        from models.physics.evaluation import rollout_pictures
+        from models.physics.rollout_pictures import rollout_pictures
 
         assert isinstance(network, PhysicsSystem)
         return rollout_pictures(self, network, device, steps=PICTURED, space="field")
@@ -353,55 +288,3 @@ class Stage(Task):
             if error is not None and truth is not None:
                 figures[f"{grid.name}/nrmse"] = math.sqrt(error) / (math.sqrt(truth) + EPS) if truth else math.nan
         return figures
-
-    def nrmses(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """From the sums of ``PhysicsSystem.measure``'s rows, ``nrmse`` of latents and ``nrmse_physical`` of fields;
-        ``…_persistence``: of predicting no change, ``…_floor``: of decoding the true latents, ``…_ratio``: to
-        persistence, and ``…_<name>`` of each of ``compared``. Of several tasks ``<task>/…`` each; latents count alike
-        whatever their task, of fields the mean over tasks is taken.
-
-        NRMSE = sqrt(mean of squared errors) / (sqrt(mean of squares) + 1e-8), over the whole split.
-        """
-        own = {
-            grid.name: _nrmses(lambda name, task=grid.name: sums[f"{task}/{name}"], self.compared)
-            for grid in self.grids
-        }
-        if len(own) == 1:
-            return next(iter(own.values()))
-        overall = _nrmses(lambda name: sum(sums[f"{task}/{name}"] for task in own), self.compared)
-        physical = [name for name in overall if name.startswith("nrmse_physical")]
-        means = {name: sum(figures[name] for figures in own.values()) / len(own) for name in physical}
-        by_task = {f"{task}/{name}": value for task, figures in own.items() for name, value in figures.items()}
-        return overall | means | by_task
-
-
-def _nrmses(sum_of: Callable[[str], float], compared: Sequence[str]) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    n = sum_of("weight")
-
-    def nrmse(error: str, truth: str) -> float:
-        return math.sqrt(sum_of(error) / n) / (math.sqrt(sum_of(truth) / n) + EPS) if n else math.nan
-
-    for truth, name in (("latent", "nrmse"), ("field", "nrmse_physical")):
-        error, persistence = nrmse(f"{truth}_error", truth), nrmse(f"{truth}_persistence", truth)
-        figures |= {name: error, f"{name}_persistence": persistence, f"{name}_ratio": error / (persistence + EPS)}
-        figures |= {f"{name}_{other}": nrmse(f"{truth}_{other}", truth) for other in compared}
-    return figures | {"nrmse_physical_floor": nrmse("field_floor", "field")}
-
-
-def on_grid(encoding: Settings, grid: Grid) -> dict[str, Any]:
-    """GridEncoder's arguments on a grid: patch and margin along both axes, none across a line."""
-    settings = dict(encoding)
-    for name, across in (("patch", 1), ("margin", 0)):
-        if name in settings:
-            size = settings[name]
-            y, x = (size, size) if isinstance(size, int) else size
-            settings[name] = (across if grid.height == 1 else y, x)
-    return settings
-
-
-def check_settings(key: str, settings: Settings, kind: Callable[..., Any], given: Sequence[str]) -> None:
-    """Raise InputError for a setting that ``kind`` doesn't take; ``given`` are those that are no setting."""
-    known = [name for name in inspect.signature(kind).parameters if name not in given]
-    if unknown := [name for name in settings if name not in known]:
-        raise InputError(f"task.args.{key}: no {', '.join(unknown)}; there are {', '.join(known)}")

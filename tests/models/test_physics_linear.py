@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from data import advection, burgers
+from data.generated import ensure
 from data.pdebench import fields as fields_of
 from models.physics.linear import fit, fit_fields
 
@@ -81,10 +82,10 @@ def test_sets_of_files(tmp_path):
     """Advection by 2 cells a step is exact; what is nonlinear isn't, and is still better than standing still. A fit
     to fewer states is no better on all of them."""
     made = advection.Advection(beta=1.0, nx=100, samples=12, frames=21)
-    fields = fields_of(advection.ensure(tmp_path, made))
+    fields = fields_of(ensure(tmp_path, made))
     u = fields.tensor()
     assert relative(fit_fields(fields, 2)(u[:, 4]), u[:, 6]) < 1e-5
-    fields = fields_of(burgers.ensure(tmp_path, burgers.Burgers(nx=64, samples=12, frames=21)))
+    fields = fields_of(ensure(tmp_path, burgers.Burgers(nx=64, samples=12, frames=21)))
     before, after = (some.flatten(0, 1) for some in (fields.tensor()[:, :-2], fields.tensor()[:, 2:]))
     best, few = (relative(fit_fields(fields, 2, points=64 * n)(before), after) for n in (10**6, 40))
     assert best < few and best < 0.95 * relative(before, after)

@@ -26,8 +26,6 @@ from models.physics.losses import (
     forward_loss,
     inverse_decoding_loss,
     inverse_encoding_loss,
-    nrmse_figures,
-    nrmse_sums,
     relative_loss,
     rollout_loss,
     spectral_amplitude_loss,
@@ -211,34 +209,6 @@ def test_batch_wise_forms_do(loss: Callable[..., Tensor]) -> None:
     whole, ones = loss(p, q, torch.ones(4)), torch.ones(2)
     halves = torch.cat((loss(p[:2], q[:2], ones), loss(p[2:], q[2:], ones)))
     assert abs(halves.mean() - whole.mean()) > 0.05 * whole.mean()
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 2**31))
-def test_nrmse_is_of_exact_sums(sizes: list[int], seed: int) -> None:
-    """However the samples come in batches, with a row of padding in each, it is numpy's over all of them."""
-    start, target = pair(sum(sizes), 3, 2, seed=seed, dtype=torch.float32)
-    predicted = target + 0.1 * start
-    sums = dict.fromkeys(("error", "persistence", "truth", "values"), 0.0)
-    for rows in torch.arange(sum(sizes)).split(sizes):
-        padded = torch.cat((rows, rows[:1]))
-        weight = torch.ones(len(padded))
-        weight[-1] = 0
-        for name, value in nrmse_sums(predicted[padded], target[padded], start[padded], weight).items():
-            sums[name] += value.item()
-    figures = nrmse_figures(sums)
-    p, q, z = (x.double().numpy() for x in (predicted, target, start))
-    truth = np.sqrt(np.mean(q**2)) + 1e-8
-    error, persistence = (np.sqrt(np.mean((x - q) ** 2)) / truth for x in (p, z))
-    expected = {"nrmse": error, "nrmse_persistence": persistence, "nrmse_ratio": error / (persistence + 1e-8)}
-    assert figures == pytest.approx(expected, rel=1e-12)
-    assert sums["values"] == target.numel()
-
-
-def test_nrmse_without_samples_is_not_a_number() -> None:
-    x = torch.ones(2, 3)
-    sums = {name: value.item() for name, value in nrmse_sums(x, x, x, torch.zeros(2)).items()}
-    assert all(map(math.isnan, nrmse_figures(sums).values()))
 
 
 # ---- rollout ------------------------------------------------------------------------------------------------------

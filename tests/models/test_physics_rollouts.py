@@ -15,7 +15,8 @@ from fabric_trainer.cli import main
 from fabric_trainer.errors import InputError
 from fabric_trainer.evaluate import Split, evaluate
 from models.physics import rollouts
-from models.physics.evaluation import EvaluationNetwork, EvaluationStage, edges
+from models.physics.evaluation import EvaluationNetwork, EvaluationStage
+from models.physics.rollout_pictures import edges
 from models.physics.rollouts import Trajectories
 
 MIXED: dict[str, Any] = {
