@@ -83,8 +83,10 @@ def test_of_equally_good_candidates_the_plain_one_is_taken():
 def test_a_candidate_that_is_not_finite_is_never_taken():
     z = start(6)
     seen = search({"candidates": 4, "sampler": {"noise_std": 0.5}}, 6)
-    spoilt = replace(seen, decode=lambda z: decode(torch.where(z == step(start(6)), z, torch.nan)))
-    assert torch.equal(spoilt(z).z[:, 0], step(z))
+    good = (z, step(z))
+    spoilt = replace(seen, decode=lambda x: decode(x if any(torch.equal(x, each) for each in good) else x * torch.nan))
+    found = spoilt(z)
+    assert torch.equal(found.z[:, 0], step(z)) and found.reward.isfinite().all() and found.evaluations == 4
 
 
 # ---- closed forms -------------------------------------------------------------------------------------------------
@@ -228,6 +230,7 @@ def test_the_originals_scoring_takes_one_candidate_for_all_and_depends_on_the_sp
     torch.testing.assert_close(whole.z[:, 0], LEAK + noise[chosen])
     alone = [search(given, 1, first=row)(z[row : row + 1]).z for row in range(8)]
     assert not torch.equal(whole.z, torch.cat(alone))
+    z[7] = torch.nan
     padded = search(given, 8, weight=torch.tensor([1.0] + [0.0] * 7))(z)
     assert torch.equal(padded.z[:1], alone[0]), "rows that pad have no say"
 
