@@ -51,7 +51,9 @@ def _pickled(file: Path, key: str) -> Any:
         with torch.serialization.safe_globals([Namespace]):  # timm saves its arguments as one
             # files older than torch 1.6 are no archives, and can't be mapped
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
+    except pickle.UnpicklingError:  # whose words are an advice to run its code
+        raise InputError(f"{key}: {file} is no file of tensors and plain values alone") from None
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
         line = (str(error) or "it is cut short").splitlines()[0]
         raise InputError(f"{key}: {file} is no file of tensors and plain values: {line}") from error
 
