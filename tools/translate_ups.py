@@ -174,7 +174,7 @@ def _of_stage(asked: Asked) -> tuple[Ours, dict[str, Said]]:
     own = [key for key in defaults if key.split(".")[:2] == ["stages", asked.stage] or not key.startswith("stages.")]
     keys = sorted({*(key for key in own if find(key)), *asked.given}, key=place)
     said = {key: _say(key, asked) for key in keys}
-    ours: Ours = {"task.path": TASKS[asked.stage]}
+    ours: Ours = {"task.path": TASKS[asked.stage], "fabric.devices": asked.devices}
     for each in said.values():
         ours |= _keys(each)
     if asked.stage in STAGES:
@@ -218,7 +218,12 @@ def _line(key: str, value: Any, said: Mapping[str, Said]) -> Line:
 
 
 def _flow(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True).removesuffix("...\n").strip()
+    """On one line, as YAML has it."""
+    if isinstance(value, list):
+        return f"[{', '.join(_flow(each) for each in value)}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 # ---- what is written ----------------------------------------------------------------------------------------------

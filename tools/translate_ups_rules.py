@@ -82,7 +82,10 @@ def number(value: Any) -> float | int:
 
 
 def whole(value: Any) -> int:
-    read = number(value)
+    try:
+        read = number(value)
+    except ValueError:
+        read = 0.5
     if not float(read).is_integer():
         raise ValueError("a whole number")
     return int(read)

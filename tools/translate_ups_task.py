@@ -63,7 +63,9 @@ def corrector(value: int, asked: Asked) -> Said:
 
 
 def spectral(value: float, asked: Asked) -> Said:
-    return {"task.args.spectral_weight": value, "task.args.spectral": "original"}
+    """Of the operator over features, as there; the corrector's is one of energies, there as here."""
+    form = {"task.args.spectral": "original"} if asked.stage == OPERATOR else {}
+    return {"task.args.spectral_weight": value} | form
 
 
 def rollout(value: float, asked: Asked) -> Said:
