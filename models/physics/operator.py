@@ -138,8 +138,7 @@ class UNetCore(nn.Module):
         for up in self.up_layers:
             widen, layers = up.children()
             skip = skips.pop()
-            x = F.interpolate(x.transpose(1, 2), size=skip.shape[1], mode="linear").transpose(1, 2)
-            x = _chain(layers, x + widen(skip))
+            x = _chain(layers, _stretched(x, skip.shape[1]) + widen(skip))
         return self.output_proj(self.final_norm(x))
 
 
@@ -154,6 +153,15 @@ def _halve(x: Tensor) -> Tensor:
     if x.shape[1] % 2:
         x = torch.cat((x, x[:, -1:]), 1)
     return 0.5 * (x[:, ::2] + x[:, 1::2])
+
+
+def _stretched(x: Tensor, tokens: int) -> Tensor:
+    """Linear interpolation to another number of tokens: (B, T, D) -> (B, tokens, D)."""
+    x = x.transpose(1, 2)
+    # on a GPU torch has a deterministic backward for planes alone
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return F.interpolate(x[:, :, None], size=(1, tokens), mode="bilinear")[:, :, 0].transpose(1, 2)
+    return F.interpolate(x, size=tokens, mode="linear").transpose(1, 2)
 
 
 # ---- core "pdet_stack" --------------------------------------------------------------------------------------------
