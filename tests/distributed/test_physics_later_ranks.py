@@ -66,12 +66,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_ranks_make_the_updates_of_one(folder: Path) -> None:
-    command = [sys.executable, str(REPOSITORY / "train.py"), "--config", "two.yaml", "--name", "two"]
-    command += ["--fabric.devices", "2", "--fabric.strategy", "ddp"]
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_ranks_make_the_updates_of_one(folder: Path, strategy: str) -> None:
+    command = [sys.executable, str(REPOSITORY / "train.py"), "--config", "two.yaml", "--name", strategy]
+    command += ["--fabric.devices", "2", "--fabric.strategy", strategy]
     done = warm.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0, done.stderr
-    one, two = (folder / "runs" / name for name in ("one", "two"))
+    one, two = (folder / "runs" / name for name in ("one", strategy))
     expected, found = load(one / "checkpoints" / "last.pt"), load(two / "checkpoints" / "last.pt")
     begun = load(folder / "residual.pt")["model"]
     assert found["counters"]["step"] == 6 and found["model"].keys() == begun.keys()  # the teacher is in no file
