@@ -44,11 +44,12 @@ class Stage(Task):
     {burgers1d: {train: PATH, val: PATH}}. sampling: of several tasks, "proportional" or "balanced".
     time_stride: frames in a step. rollout_horizon: states after the first that a sample brings. val_every: every how
     many-th pair of val and test is measured. symmetries: of ``models.physics.symmetries``, those that a task's equation
-    has, {burgers1d: [shift, mirror]}: each training sample is turned by them at random.
+    has, {burgers1d: [shift, mirror]}: each training sample is turned by them at random, and encoded as it then is.
 
     encoder: arguments of every task's GridEncoder: tokens, dim, and patch and margin, points along each axis that a
-    task's grid has; seed: the same for all tasks. train_encoder: it learns with the decoder; else it is frozen and its
-    latents are cached: latent_cache_dir (``<data.root>/latent_cache``), latent_cache_dtype ("float32" or "float16").
+    task's grid has; seed: the same for all tasks. train_encoder: it learns with the decoder; else it is frozen, and its
+    latents, unless samples are turned, are cached: latent_cache_dir (``<data.root>/latent_cache``), latent_cache_dtype
+    ("float32" or "float16").
     operator: of the LatentOperator, dim left out. reach: of PhysicsSystem.step; with one, losses are in units of the
     task's change. dt: what the operator is told of time. decoder: of the AnyPointDecoder, dim and fields left out.
     corrector, prior: of the DiffusionResidual and the SteadyPrior, dim left out.
@@ -136,9 +137,9 @@ class Stage(Task):
         )
         self.states: dict[str, list[dict[str, States]]] = {}
         folder = Path(self.cache["folder"] or Path(root) / "latent_cache")
+        cached = self.caches and not self.encoders_learn and not any(self.symmetries)
+        cache = Cache(folder, self.design.encoder, self.cache["dtype"]) if cached else None
         for split, sets in self.sets.items():
-            cached = self.caches and not self.encoders_learn and not (split == "train" and any(self.symmetries))
-            cache = Cache(folder, self.design.encoder, self.cache["dtype"]) if cached else None
             self.states[split] = [
                 states_of(cache, *each) for each in zip(sets, self.normalisers, encoders, strict=True)
             ]

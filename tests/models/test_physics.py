@@ -355,7 +355,7 @@ def test_untrained_system_is_persistence(task: OperatorStage) -> None:
     got = figures(task, network, [0, 8])
     assert got["nrmse_ratio"] == pytest.approx(1, abs=1e-6)
     assert got["nrmse_physical_ratio"] == pytest.approx(1, abs=1e-4)
-    truth = batch_of(task, "val", list(range(8)))["z1"].pow(2).mean() / network.latent_change[0] ** 2
+    truth = network.encode(batch_of(task, "val", list(range(8)))["u1"], 0).pow(2).mean() / network.latent_change[0] ** 2
     assert got["forward_loss"] == pytest.approx(got["nrmse_persistence"] ** 2 * truth.item(), rel=1e-4)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fabric_trainer.errors import InputError
-from tools.translate_ups_rules import (
+from tools.translate_ups.rules import (
     DISTILL,
     EVALUATION,
     STAGES,
@@ -24,7 +24,7 @@ from tools.translate_ups_rules import (
     training,
     whole,
 )
-from tools.translate_ups_rules import nothing as no
+from tools.translate_ups.rules import nothing as no
 
 EVALUATED_AT_ONCE = 32  # samples, decoded at every point of their grids; however many, the figures are the same
 

@@ -1,6 +1,6 @@
 """The configuration files of the Universal Physics Stack as ours: of one stage, or of the whole pipeline.
 
-Every key of a file has a rule in ``translate_ups_keys.py`` and a line of the report: what it becomes, or why it has no
+Every key of a file has a rule in ``keys.py`` and a line of the report: what it becomes, or why it has no
 effect.
 """
 
@@ -16,9 +16,9 @@ import yaml
 
 from fabric_trainer.config import Config, flatten
 from fabric_trainer.errors import InputError
-from tools.translate_ups_keys import RULES, find, known, place
-from tools.translate_ups_rules import EVALUATION, STAGES, Asked, Ours, Said
-from tools.translate_ups_samples import Samples, look
+from tools.translate_ups.keys import RULES, find, known, place
+from tools.translate_ups.rules import EVALUATION, STAGES, Asked, Ours, Said
+from tools.translate_ups.samples import Samples, look
 
 FRAMES = 201  # of PDEBench's trajectories on a line
 TASKS = {

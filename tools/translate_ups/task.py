@@ -7,7 +7,7 @@ from typing import Any
 from data import ups
 from fabric_trainer.errors import InputError
 from models.physics.conditioning import CHANNELS
-from tools.translate_ups_rules import (
+from tools.translate_ups.rules import (
     EVALUATION,
     OPERATOR,
     Asked,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tools.translate_ups_samples import Samples
+from tools.translate_ups.samples import Samples
 
 OPERATOR, RESIDUAL, DISTILL, PRIOR = STAGES = ("operator", "diff_residual", "consistency_distill", "steady_prior")
 EVALUATION = "evaluation"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from tools.translate_ups_rules import (
+from tools.translate_ups.rules import (
     DISTILL,
     EVALUATION,
     OPERATOR,
@@ -28,7 +28,7 @@ from tools.translate_ups_rules import (
     where,
     whole,
 )
-from tools.translate_ups_task import (
+from tools.translate_ups.task import (
     boundary,
     channel,
     conditioned,
@@ -56,7 +56,7 @@ from tools.translate_ups_task import (
     taus,
     ttc,
 )
-from tools.translate_ups_training import (
+from tools.translate_ups.training import (
     CLIP,
     EMA,
     OPTIMIZER,
