@@ -99,6 +99,9 @@ def become(command: Sequence[str], env: dict[str, str], cwd: str | None) -> NoRe
     if cwd:
         os.chdir(cwd)
     sys.argv[:] = command
+    # torch replaces a thread pool that a fork has broken when it is next asked for; asked by two threads of a backward
+    # at once it aborts ("Invalid thread pool!"), so it is asked here
+    sys.modules["torch"].set_num_threads(1)
     sys.path[:0] = [str(Path(command[0]).parent), *filter(None, env.get("PYTHONPATH", "").split(":"))]
     code: Any = 0
     try:
