@@ -218,7 +218,7 @@ def test_what_cannot_be_written_is_refused_before_the_data_is_read(home, capsys,
 
 def test_other_wrong_input(trained, capsys):
     before = sorted(trained.rglob("*"))
-    assert "--out y.csv is for --predict PATH|best|last or --tune" in error(capsys, "--out", "y.csv")
+    assert "--out y.csv is for --predict, --evaluate or --tune" in error(capsys, "--out", "y.csv")
     assert "needs --out FILE" in error(capsys, "--predict", "last")
     both = ("--predict", "last", "--evaluate", "last", "--out", "y.csv")
     assert "one at a time" in error(capsys, *both)

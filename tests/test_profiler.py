@@ -6,6 +6,7 @@ import csv
 import gc
 import gzip
 import json
+import mmap
 import pstats
 import re
 import time
@@ -268,11 +269,13 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 def test_memory_is_logged_where_asked_at_log_points(fabric, tmp_path):
     class Grows(Regression):
-        kept: list[torch.Tensor] = []
+        kept: list[mmap.mmap] = []
 
         def loss(self, network: torch.nn.Module, batch: Batch) -> Loss:
             if network.training:
-                self.kept.append(torch.ones(1_000_000))  # 4 MB that the system has to give
+                pages = mmap.mmap(-1, 4_000_000)  # that the system has to give: malloc may have some left
+                pages.write(b"1" * 4_000_000)
+                self.kept.append(pages)
             return super().loss(network, batch)
 
     profiled(fabric, tmp_path / "a", Grows(40), **{"run.log_memory": True})

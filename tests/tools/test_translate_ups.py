@@ -471,12 +471,24 @@ def test_conditioning_with_a_stand_in_include(original, home, capsys):
     cli.make_task(command.from_checkpoint(configurations(made.config)[0]))
 
 
+def test_a_key_of_another_branch_is_said_to_be_unknown():
+    """It stops nothing, and is not taken for one that is like it."""
+    more = changed(small(), "stages.operator.optimizer.kernels", "fast")
+    more = changed(changed(more, "outputs.path", "x"), "outputs.formats", ["png"])
+    made, plain = converted(more, "golden", "operator"), converted(small(), "golden", "operator")
+    assert made.config == plain.config
+    said = {line.key: line.text for line in made.report if line not in plain.report}
+    assert set(said) == {"stages.operator.optimizer.kernels", "outputs.path", "outputs.formats"}
+    assert all("no key of the original's that is known here; the nearest is " in text for text in said.values())
+    assert not any(line.used for line in made.report if line.key in said)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
         ("training.batchsize", 3, "training.batchsize: there is no such key; the nearest is training.batch_size"),
         ("stages.operators.epochs", 3, "the nearest is stages.operator.epochs"),
-        ("latent", 3, "latent: there is no such key"),
+        ("latent", 3, "latent: is a section of keys, not 3"),
         ("training.batch_size", "many", "training.batch_size: must be a whole number, not 'many'"),
         ("training.amp", "on please", "training.amp: must be true or false"),
         ("training.dt", True, "training.dt: must be a number"),

@@ -20,6 +20,7 @@ from tools.translate_ups.keys import RULES, find, known, place
 from tools.translate_ups.rules import EVALUATION, STAGES, Asked, Ours, Said
 from tools.translate_ups.samples import Samples, look
 
+ALIKE = 0.85  # of two words' letters, for one to be the other misspelt
 FRAMES = 201  # of PDEBench's trajectories on a line
 TASKS = {
     "operator": "models.physics.operator_stage.OperatorStage",
@@ -52,7 +53,7 @@ def translate(path: Path, stage: str | None = None, devices: int | None = None, 
     """A file of the original's, of ``stage`` alone or as a pipeline.
 
     devices: instead of the file's. frames: of a trajectory, where the files aren't in data.root. Raises InputError for
-    a key that the original hasn't, or a value that it could not take.
+    a misspelt key, or a value that the original could not take.
     """
     tree, included = load(path)
     made = converted(tree, path.stem, stage, devices, frames)
@@ -66,7 +67,7 @@ def converted(
 ) -> Translation:
     """The same of what is in a file of that name."""
     given = flatten(dict(tree))
-    values = _typed(given)
+    values, unknown = _typed(given)
     asked = _asked(values, devices, frames, alone=stage is not None)
     stages = [stage] if stage else _stages(asked(EVALUATION))
     if stage in STAGES and not asked(stage).epochs:
@@ -76,6 +77,9 @@ def converted(
         ours[name], said[name] = _of_stage(asked(name))
     report = []
     for key, value in given.items():
+        if key in unknown:
+            report.append(Line(key, False, f"{_flow(value)}: {unknown[key]}"))
+            continue
         every = {name: said[name].get(key, "the section is empty") for name in stages}
         report.append(_line(key, value, every))
     if stage:
@@ -118,21 +122,34 @@ def _over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
-def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, each of its rule's kind; empty sections are left out. Raises InputError for an unknown key."""
+def _typed(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values, each of its rule's kind, and of every key that has no rule what is said of it; empty sections are in
+    neither. Raises InputError for what is one of the keys but for its spelling, and for a section that is a value."""
     typed: dict[str, Any] = {}
+    unknown: dict[str, str] = {}
+    names = known()
     for key, value in given.items():
         if (rule := find(key)) is not None:
             try:
                 typed[key] = None if value is None else rule.kind(value)
             except ValueError as error:
                 raise InputError(f"{key}: must be {error}, not {value!r}") from None
-            continue
-        names = known()
-        if value not in (None, {}) or not any(f"{name}.".startswith(f"{key}.") for name in names):
+        elif any(name.startswith(f"{key}.") for name in names):
+            if value not in (None, {}):
+                raise InputError(f"{key}: is a section of keys, not {value!r}")
+        else:
             near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-            raise InputError(f"{key}: there is no such key; the nearest is {near}")
-    return typed
+            if _misspelt(key, near):
+                raise InputError(f"{key}: there is no such key; the nearest is {near}")
+            unknown[key] = f"no key of the original's that is known here; the nearest is {near}"
+    return typed, unknown
+
+
+def _misspelt(key: str, name: str) -> bool:
+    """Whether they are the same but for a letter or so in some part."""
+    parts = list(zip(key.split("."), name.split("."), strict=False))
+    alike = all(difflib.SequenceMatcher(None, *pair).ratio() > ALIKE for pair in parts)
+    return alike and key.count(".") == name.count(".")
 
 
 def _asked(values: dict[str, Any], devices: int | None, frames: int, alone: bool) -> Callable[[str], Asked]:
