@@ -16,7 +16,11 @@ from models.physics.draws import at_points, query_points
 from models.physics.stage import Stage
 from models.physics.system import Parts, PhysicsSystem, joined, mean_square
 
-SPECTRAL = {"space": losses.spectral_amplitude_loss, "original": losses.feature_spectral_loss}
+SPECTRAL = {
+    "space": losses.spectral_amplitude_loss,
+    "energy": losses.spectral_energy_loss,
+    "original": losses.feature_spectral_loss,
+}
 INVERSE = ("inverse_encoding", "inverse_decoding")
 READS = {"physical", "decoder", *INVERSE}  # the decoder
 PRIORS = ("divergence", "conservation", "boundary", "positivity", "latent_norm", "latent_diversity")
@@ -68,7 +72,8 @@ class OperatorNetwork(PhysicsSystem):
         return losses.forward_loss(z1, z1_true) / self._unit(batch["task"])
 
     def _spectral(self, batch: Batch, z0: Tensor, z1: Tensor, z1_true: Tensor) -> Tensor:
-        return SPECTRAL[self.spectral](z1, z1_true) / self._unit(batch["task"])
+        loss = SPECTRAL[self.spectral](z1, z1_true)
+        return loss if self.spectral == "energy" else loss / self._unit(batch["task"])  # a ratio has no unit
 
     def _rollout(self, batch: Batch, z0: Tensor, z1: Tensor, z1_true: Tensor) -> Tensor:
         """The mean over the steps after the first, each from the one predicted before."""
@@ -164,8 +169,8 @@ class OperatorStage(Stage):
     """Train the operator on single steps and rollouts, the decoder on true latents and, where asked, the encoders.
 
     spectral_weight, rollout_weight (which needs a rollout_horizon above 1), physical_weight (of the predicted field's
-    error, with a gradient through the decoder): beside the forward loss, whose weight is 1. spectral: "space", or
-    "original": over a latent's features.
+    error, with a gradient through the decoder): beside the forward loss, whose weight is 1. spectral: "space", of
+    amplitudes; "energy", of energies, relative to each sample's; or "original": over a latent's features.
     decoder_weight: of the decoder's own loss, on latents held fixed. inverse_encoding, inverse_decoding: of those that
     reach an encoder that learns, and alone do: 0 before epoch ``inverse_warmup``, growing until twice that, at most
     ``inverse_cap``.

@@ -102,6 +102,25 @@ def test_terms_are_their_formulas(root):
         )
 
 
+@pytest.mark.parametrize(
+    ("spectral", "formula", "relative"),
+    [
+        ("space", losses.spectral_amplitude_loss, False),
+        ("energy", losses.spectral_energy_loss, True),
+        ("original", losses.feature_spectral_loss, False),
+    ],
+)
+def test_spectral_losses_have_the_unit_of_a_step_but_for_the_ratio(root, spectral, formula, relative):
+    task = made(root, BURGERS, reach=20.0, spectral=spectral, spectral_weight=1.0)
+    network = task.network()
+    torch.nn.init.normal_(network.operator.output_norm.weight, std=0.1)
+    batch = batch_of(task, [0, 3, 17])
+    unit = 1.0 if relative else network.latent_change[0] ** 2
+    expected = formula(network.step(batch["z0"], 0), batch["z1"]) / unit
+    torch.testing.assert_close(network(batch, ("spectral",))["spectral"], expected)
+    assert expected.min() > 0
+
+
 def test_gradients_reach_what_each_term_is_for(root):
     def learns(term: str, train_encoder: bool) -> set[str]:
         weights = {"inverse_encoding": 1e-9, "inverse_decoding": 0.0, "decoder_weight": 0.0} | {term: 1.0}
@@ -237,7 +256,7 @@ def test_stage_starts_with_the_one_before(root, tmp_path):
             "burgers1d: no key, only train",
         ),
         ({"made": None, "files": {"burgers1d": {"train": "a", "val": "b", "given": "u"}}}, "burgers1d is not steady"),
-        ({"spectral": "time"}, "task.args.spectral: 'time' is none of space, original"),
+        ({"spectral": "time"}, "task.args.spectral: 'time' is none of space, energy, original"),
         ({"priors": {"energy": 1.0}}, "task.args.priors: energy is none of"),
         ({"train_encoder": True}, "task.args.train_encoder: needs inverse_encoding above 0"),
         ({"rollout_weight": 1.0}, "task.args.rollout_weight: needs a task.args.rollout_horizon"),
